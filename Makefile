@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PREFUSE_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data))
+
+.PHONY: install demo test test-full lint clean
+
+install: $(VENV)/.installed  ## .venv with prefuse (editable), its C++ extension and the dev tools
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	mkdir -p .links/prefuse && ln -sfn ../../kernels .links/prefuse/kernels
+	ln -sfn ../../trainer .links/prefuse/trainer
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,peers]'
+	touch $@
+
+demo: install  ## SFT, then DPO, of a tiny model on a generated task; ends with a table and a plot
+	$(BIN)/prefuse demo --output_dir runs/demo
+
+test: install  ## at most 12 minutes on 2 cores, no GPU needed
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/.peers  ## adds the slower proofs and the parity tests against the peers
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build runs .links kernels/_C*.so *.egg-info
