@@ -35,7 +35,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         for src in sorted(glob("csrc/*.cu")) if NVCC else ():
-            obj = Path(self.build_temp, src).with_suffix(".o")
+            obj = Path(self.build_temp, src).with_suffix(".cu.o")  # not the .cpp of the same name
             obj.parent.mkdir(parents=True, exist_ok=True)
             gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
             gencode += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]

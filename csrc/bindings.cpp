@@ -1,11 +1,69 @@
 // Python sees raw addresses (tensor.data_ptr()) and sizes. Every check sits in the Python wrapper.
 #include <pybind11/pybind11.h>
 
+#include "token_stats.h"
+
 namespace py = pybind11;
+using prefuse::Block;
+using prefuse::Scalar;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Block block(Address logits, int64_t n_rows, int64_t n_cols, int64_t row_stride, int64_t first_col,
+            Address targets, Address anchor, Address inverse_temp, Address bias, float logit_scale,
+            float softcap) {
+  return {at(logits),
+          n_rows,
+          n_cols,
+          row_stride,
+          first_col,
+          at<const int64_t>(targets),
+          at<const float>(anchor),
+          at<const float>(inverse_temp),
+          at<const float>(bias),
+          logit_scale,
+          softcap};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+
+  py::class_<Block>(m, "Block").def(py::init(&block));
+  m.def(
+      "fold_forward_cpu",
+      [](const Block& b, int dtype, Address parts, bool store, int n_threads) {
+        prefuse::fold_forward_cpu(b, Scalar(dtype), at<float>(parts), store, n_threads);
+      },
+      unlocked);
+  m.def(
+      "fold_backward_cpu",
+      [](const Block& b, int dtype, Address shift, Address alpha, Address beta, Address gamma,
+         Address out, int n_threads) {
+        prefuse::fold_backward_cpu(b, Scalar(dtype), at<float>(shift), at<float>(alpha),
+                                   at<float>(beta), at<float>(gamma), at(out), n_threads);
+      },
+      unlocked);
+
 #ifdef PREFUSE_CUDA
   m.attr("has_cuda") = true;
+  m.def("fold_forward_cuda", [](const Block& b, int dtype, Address parts, int splits,
+                                Address stream) {
+    prefuse::fold_forward_cuda(b, Scalar(dtype), at<float>(parts), splits, at(stream));
+  });
+  m.def("fold_backward_cuda", [](const Block& b, int dtype, Address shift, Address alpha,
+                                 Address beta, Address gamma, Address out, Address stream) {
+    prefuse::fold_backward_cuda(b, Scalar(dtype), at<float>(shift), at<float>(alpha),
+                                at<float>(beta), at<float>(gamma), at(out), at(stream));
+  });
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -28,6 +28,9 @@ except ImportError:
         def jit(self, fn=None, **_):
             return fn if fn is not None else self.jit
 
+        def constexpr(self, value):
+            return value
+
         def __getattr__(self, name):
             return None
 
@@ -62,7 +65,7 @@ def choose_impl(impl: str, device: torch.device, candidates: tuple[str, ...]) ->
 
 def _obstacle(impl: str, device: torch.device, auto: bool) -> str | None:
     """Why `impl` cannot run on `device`, or None if it can."""
-    if impl == "reference":
+    if impl in ("reference", "torch"):
         return None
     if impl == "cpu":
         if device.type != "cpu":
@@ -98,4 +101,6 @@ def next_power_of_2(n: int) -> int:
 def expect(condition: bool, tensor: str, wanted: str, got: object, remedy: str = "") -> None:
     """Raises the house's ValueError about a tensor: what was wanted, what came, the remedy."""
     if not condition:
-        raise ValueError(f"{tensor}: wanted {wanted}; got {got}" + (f". {remedy}" if remedy else ""))
+        raise ValueError(
+            f"{tensor}: wanted {wanted}; got {got}" + (f". {remedy}" if remedy else "")
+        )

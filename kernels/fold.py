@@ -1,0 +1,307 @@
+"""One pass over a block of logits: sums forward, gradients backward (formulas in token_stats.py).
+
+Four implementations compute the same numbers: "torch" and "triton" here, "cpu" and "cuda" in
+csrc/token_stats.{cpp,cu}. Statistics are float32 whatever the logits are.
+
+Bytes moved per logit of b bytes: forward b read (b + s more when E is stored in s bytes),
+backward b read and b written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import _C, device_guard, next_power_of_2, stream_of, tl, triton
+from .token_stats import PARTS, Coefficients
+
+MAX_EXPONENT = 40.0  # a larger d raises the anchor: exp(2 * 40) still fits float32 and bfloat16
+EXCLUDED = -200.0  # exp of it is 0 in float32, and it is finite: 0 * EXCLUDED is 0
+_MAX_EXPONENT, _EXCLUDED = tl.constexpr(MAX_EXPONENT), tl.constexpr(EXCLUDED)
+FOLD_BLOCK = 4096
+FOLD_PROGRAMS = 1024  # enough to fill a GPU when there are few rows
+_C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Logits(NamedTuple):
+    """A block [n, v] of raw logits, and what makes final logits of them.
+
+    final logit = softcap(logit_scale * (raw + bias)) / temperature, softcap(z) = c tanh(z / c).
+    """
+
+    raw: Tensor  # [n, v], rows contiguous
+    targets: Tensor  # [n] int64 vocabulary entries
+    anchor: Tensor  # [n] float32: the target's softcapped logit, before the temperature
+    inverse_temperature: Tensor  # [n] float32
+    first_column: int = 0  # vocabulary entry of column 0
+    bias: Tensor | None = None  # [v] float32
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def _distances(b: Logits) -> tuple[Tensor, Tensor | None, Tensor]:
+    """d_v [n, v], 1 - tanh^2 under a softcap, and which element is the target's."""
+    z = b.raw.float()
+    if b.bias is not None:
+        z = z + b.bias
+    slope = None
+    if b.softcap is not None:
+        t = torch.tanh(z * (b.logit_scale / b.softcap))
+        slope, z = 1 - t * t, t * b.softcap
+    elif b.logit_scale != 1.0:
+        z = z * b.logit_scale
+    d = (z - b.anchor[:, None]) * b.inverse_temperature[:, None]
+    columns = torch.arange(z.shape[1], device=z.device)
+    return d, slope, columns == (b.targets - b.first_column)[:, None]
+
+
+def _forward_torch(b: Logits, store: Tensor | None) -> Tensor:
+    d, slope, is_target = _distances(b)
+    sum_d = d.masked_fill(is_target, 0).sum(1)
+    d = d.masked_fill_(is_target, EXCLUDED)
+    max_d = d.amax(1)
+    shift = torch.where(max_d > MAX_EXPONENT, max_d, 0.0)
+    d = (d - shift[:, None]).clamp_(min=EXCLUDED)
+    e = d.exp()
+    if store is not None:
+        stored = e if slope is None else e * slope
+        store.copy_(stored.masked_fill(is_target, 0))
+    return torch.stack((e.sum(1), shift, (e * d).sum(1), sum_d, (e * e).sum(1), max_d))
+
+
+def _backward_torch(b: Logits, c: Coefficients, out: Tensor) -> None:
+    d, slope, is_target = _distances(b)
+    d = (d - c.shift[:, None]).clamp_(min=EXCLUDED)
+    grad = d.exp() * (c.alpha[:, None] + c.beta[:, None] * d)
+    grad = torch.where(is_target, c.gamma[:, None], grad)
+    grad = grad * (b.inverse_temperature * b.logit_scale)[:, None]
+    out.copy_(grad if slope is None else grad * slope)
+
+
+@triton.jit
+def _distance_block(
+    raw_ptr, bias_ptr, columns, n_cols, target, anchor, inverse_temp, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    in_row = columns < n_cols
+    z = tl.load(raw_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=in_row, other=0.0)
+    z *= scale
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        # tanh through exp(-2|z|): exact at both ends, no overflow
+        decay = tl.exp(-2.0 * tl.abs(z / softcap))
+        t = (1.0 - decay) / (1.0 + decay)
+        t = tl.where(z < 0, -t, t)
+        slope = 1.0 - t * t
+        z = t * softcap
+    return (z - anchor) * inverse_temp, slope, in_row & (columns != target)
+
+
+@triton.jit
+def _forward_kernel(
+    raw_ptr, store_ptr, parts_ptr, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
+    n_rows, n_cols, first_column, raw_stride, store_stride, scale, softcap, cols_per_split,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    raw_ptr += row * raw_stride
+    target = tl.load(targets_ptr + row) - first_column
+    anchor = tl.load(anchor_ptr + row)
+    inverse_temp = tl.load(inverse_temp_ptr + row)
+    begin = split * cols_per_split
+    end = tl.minimum(begin + cols_per_split, n_cols)
+    sum_e, shift, sum_ed, sum_d, sum_ee = 0.0, 0.0, 0.0, 0.0, 0.0
+    max_d = _EXCLUDED + 0.0
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        d, slope, other = _distance_block(
+            raw_ptr, bias_ptr, columns, end, target, anchor, inverse_temp, scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        sum_d += tl.sum(tl.where(other, d, 0.0))
+        d = tl.where(other, d, _EXCLUDED)
+        block_max = tl.max(d)
+        max_d = tl.maximum(max_d, block_max)
+        new_shift = tl.where(block_max - shift > _MAX_EXPONENT, block_max, shift)
+        lower = shift - new_shift
+        weight = tl.exp(lower)
+        d = tl.maximum(d - new_shift, _EXCLUDED)
+        e = tl.exp(d)
+        sum_ed = weight * (sum_ed + lower * sum_e) + tl.sum(e * d)
+        sum_e = weight * sum_e + tl.sum(e)
+        sum_ee = weight * weight * sum_ee + tl.sum(e * e)
+        shift = new_shift
+        if STORE:
+            # the caller gives one block per split, so a stored block has one shift
+            e = tl.where(other, e * slope, 0.0)
+            tl.store(
+                store_ptr + row * store_stride + columns,
+                e.to(store_ptr.dtype.element_ty),
+                mask=columns < end,
+            )
+    out = parts_ptr + split * 6 * n_rows + row
+    tl.store(out, sum_e)
+    tl.store(out + n_rows, shift)
+    tl.store(out + 2 * n_rows, sum_ed)
+    tl.store(out + 3 * n_rows, sum_d)
+    tl.store(out + 4 * n_rows, sum_ee)
+    tl.store(out + 5 * n_rows, max_d)
+
+
+@triton.jit
+def _backward_kernel(
+    raw_ptr, out_ptr, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
+    alpha_ptr, beta_ptr, gamma_ptr, shift_ptr,
+    n_cols, first_column, raw_stride, out_stride, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row) - first_column
+    inverse_temp = tl.load(inverse_temp_ptr + row)
+    d, slope, other = _distance_block(
+        raw_ptr + row * raw_stride, bias_ptr, columns, n_cols, target, tl.load(anchor_ptr + row),
+        inverse_temp, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    d = tl.maximum(d - tl.load(shift_ptr + row), _EXCLUDED)
+    grad = tl.exp(d) * (tl.load(alpha_ptr + row) + tl.load(beta_ptr + row) * d)
+    grad = tl.where(columns == target, tl.load(gamma_ptr + row), grad)
+    grad *= inverse_temp * scale * slope
+    tl.store(
+        out_ptr + row * out_stride + columns,
+        grad.to(out_ptr.dtype.element_ty),
+        mask=columns < n_cols,
+    )
+
+
+@triton.jit
+def _reanchor_kernel(
+    store_ptr, parts_ptr, n_rows, n_parts, n_cols, store_stride, cols_per_part,
+    PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS_BLOCK)
+    shift_ptr = parts_ptr + n_rows + row
+    shifts = tl.load(shift_ptr + part * 6 * n_rows, mask=part < n_parts, other=0.0)
+    common = tl.max(shifts)
+    if common > 0.0:
+        for index in range(0, n_parts):
+            weight = tl.exp(tl.load(shift_ptr + index * 6 * n_rows) - common)
+            end = tl.minimum((index + 1) * cols_per_part, n_cols)
+            for start in range(index * cols_per_part, end, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                e_ptr = store_ptr + row * store_stride + columns
+                e = tl.load(e_ptr, mask=columns < end, other=0.0).to(tl.float32) * weight
+                tl.store(e_ptr, e.to(store_ptr.dtype.element_ty), mask=columns < end)
+
+
+def fold_forward(impl: str, b: Logits, store: Tensor | None = None) -> Tensor:
+    """Partial sums [parts, 6, n] of a block; with `store` [n, v], E (times 1 - tanh^2 under a
+    softcap, 0 at the target) goes there, each part at its own shift, and `b.raw` may be
+    overwritten."""
+    n, v = b.raw.shape
+    if impl == "torch" or n == 0:
+        return _forward_torch(b, store)[None]
+    if impl == "cpu":
+        parts = b.raw.new_empty((1, len(PARTS), n), dtype=torch.float32)
+        in_place = store is not None
+        _C.fold_forward_cpu(
+            _c_block(b), _C_DTYPES[b.raw.dtype], parts.data_ptr(), in_place, torch.get_num_threads()
+        )
+        if in_place and store.data_ptr() != b.raw.data_ptr():
+            store.copy_(b.raw)
+        return parts
+    block = min(next_power_of_2(v), FOLD_BLOCK)
+    blocks = -(-v // block)
+    splits = blocks if store is not None else min(blocks, -(-FOLD_PROGRAMS // n))
+    parts = b.raw.new_empty((splits, len(PARTS), n), dtype=torch.float32)
+    with device_guard(b.raw):
+        if impl == "cuda":
+            _C.fold_forward_cuda(
+                _c_block(b), _C_DTYPES[b.raw.dtype], parts.data_ptr(), splits, stream_of(b.raw)
+            )
+            return parts
+        out = b.raw if store is None else store
+        _forward_kernel[(n, splits)](
+            b.raw, out, parts, b.targets, b.anchor, b.inverse_temperature, b.bias,
+            n, v, b.first_column, b.raw.stride(0), out.stride(0), b.logit_scale, b.softcap or 1.0,
+            -(-blocks // splits) * block,
+            HAS_BIAS=b.bias is not None, HAS_SOFTCAP=b.softcap is not None,
+            STORE=store is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return parts
+
+
+def fold_backward(impl: str, b: Logits, c: Coefficients, out: Tensor) -> None:
+    """Writes d loss / d raw logits [n, v] to `out`, which may be `b.raw`."""
+    n, v = b.raw.shape
+    if impl == "torch" or n == 0:
+        _backward_torch(b, c, out)
+    elif impl in ("cpu", "cuda"):
+        if out.data_ptr() != b.raw.data_ptr() and (
+            out.dtype != b.raw.dtype or out.stride() != b.raw.stride()
+        ):
+            fold_backward(impl, b, c, b.raw)
+            out.copy_(b.raw)
+            return
+        numbers = [x.data_ptr() for x in (c.shift, c.alpha, c.beta, c.gamma)]
+        args = (_c_block(b), _C_DTYPES[b.raw.dtype], *numbers, out.data_ptr())
+        if impl == "cpu":
+            _C.fold_backward_cpu(*args, torch.get_num_threads())
+        else:
+            with device_guard(b.raw):
+                _C.fold_backward_cuda(*args, stream_of(b.raw))
+    else:
+        block = min(next_power_of_2(v), FOLD_BLOCK)
+        with device_guard(b.raw):
+            _backward_kernel[(n, -(-v // block))](
+                b.raw, out, b.targets, b.anchor, b.inverse_temperature, b.bias,
+                c.alpha, c.beta, c.gamma, c.shift,
+                v, b.first_column, b.raw.stride(0), out.stride(0), b.logit_scale, b.softcap or 1.0,
+                HAS_BIAS=b.bias is not None, HAS_SOFTCAP=b.softcap is not None,
+                BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+
+
+def reanchor(impl: str, store: Tensor, parts: Tensor, cols_per_part: int) -> None:
+    """Brings the stored E [n, V] of all parts [P, 6, n] to the rows' common shift, in place.
+
+    Rows whose target is within MAX_EXPONENT nats of every logit, nearly all, are left alone.
+    """
+    if impl == "triton":
+        with device_guard(store):
+            _reanchor_kernel[(store.shape[0],)](
+                store, parts, store.shape[0], parts.shape[0], store.shape[1], store.stride(0),
+                cols_per_part, PARTS_BLOCK=next_power_of_2(parts.shape[0]), BLOCK=1024,
+            )  # fmt: skip
+        return
+    shift = parts[:, 1]
+    rows = (shift.amax(0) > 0).nonzero().squeeze(1)
+    for part in range(parts.shape[0]) if len(rows) else ():
+        columns = slice(part * cols_per_part, (part + 1) * cols_per_part)
+        weight = (shift[part, rows] - shift[:, rows].amax(0)).exp()
+        store[rows, columns] = (store[rows, columns].float() * weight[:, None]).to(store.dtype)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))
+
+
+def _c_block(b: Logits):
+    return _C.Block(
+        b.raw.data_ptr(),
+        *b.raw.shape,
+        b.raw.stride(0),
+        b.first_column,
+        b.targets.data_ptr(),
+        b.anchor.data_ptr(),
+        b.inverse_temperature.data_ptr(),
+        0 if b.bias is None else b.bias.data_ptr(),
+        b.logit_scale,
+        b.softcap or 0.0,
+    )

@@ -1,0 +1,235 @@
+"""The tiled head: vocabulary GEMMs around the fold, one tile of columns at a time.
+
+`head_forward` makes row sums of hidden states; `head_backward` makes gradients of per-token
+coefficients. linear_logp.py says what for and at what cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
+from .token_stats import Coefficients, merge, target_anchor
+
+FORWARD_TILE = {"cpu": 8 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
+BACKWARD_TILE = {"cpu": 64 << 20, "cuda": 512 << 20}  # larger: d hidden is summed over tiles
+MAX_ROWS = 16384
+
+
+class Head(NamedTuple):
+    """The projection and everything else that makes final logits of hidden states."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+    impl: str
+    dtype: torch.dtype  # of the GEMM operands
+
+
+class Rows(NamedTuple):
+    """The tokens at hand. `kept` is their stashed E, or None."""
+
+    hidden: Tensor  # [n, H] in the GEMM dtype
+    targets: Tensor
+    anchor: Tensor
+    inverse_temperature: Tensor
+    kept: Tensor | None
+
+    def select(self, rows) -> Rows:
+        return Rows(*(None if x is None else x[rows] for x in self))
+
+
+def for_device(table: dict[str, int], device: torch.device) -> int:
+    return table.get(device.type, table["cuda"])
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with float32 accumulation and a float32 result, from operands of either width."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _columns(vocab: int, rows: int, tile_bytes: int) -> Iterator[slice]:
+    """Column tiles whose float32 logits for `rows` tokens fit `tile_bytes`; a power of 2 wide, so
+    that a stored tile splits evenly into the fold's blocks."""
+    width = _tile_width(rows, tile_bytes)
+    return (slice(start, min(start + width, vocab)) for start in range(0, vocab, width))
+
+
+def _tile_width(rows: int, tile_bytes: int) -> int:
+    return 1 << max(8, (tile_bytes // (4 * max(rows, 1))).bit_length() - 1)
+
+
+def _block(head: Head, rows: Rows, columns: slice, out: Tensor | None = None) -> Logits:
+    """GEMM 1 for a tile of the vocabulary."""
+    weight = head.weight[columns].to(head.dtype).t()
+    if out is not None:
+        raw = torch.mm(rows.hidden, weight, out=out)
+    else:
+        raw = _matmul(rows.hidden, weight)
+    return Logits(
+        raw,
+        rows.targets,
+        rows.anchor,
+        rows.inverse_temperature,
+        columns.start,
+        None if head.bias is None else head.bias[columns].float(),
+        head.logit_scale,
+        head.softcap,
+    )
+
+
+def anchor_logits(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit per token, by a gathered dot product in float32."""
+    logit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), 4096):  # bounds the gathered weight rows
+        rows = slice(start, start + 4096)
+        weight = head.weight[targets[rows]].to(head.dtype).float()
+        torch.sum(hidden[rows].float() * weight, -1, out=logit[rows])
+    bias = None if head.bias is None else head.bias[targets]
+    return target_anchor(logit, bias, head.logit_scale, head.softcap)
+
+
+def head_forward(head: Head, rows: Rows) -> Tensor:
+    """Row sums [6, n]; fills `rows.kept` with E, 0 at the target."""
+    n, vocab = len(rows.targets), len(head.weight)
+    tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
+    width = _tile_width(n, tile_bytes)
+    parts = []
+    for columns in _columns(vocab, n, tile_bytes):
+        store = None if rows.kept is None else rows.kept[:, columns]
+        in_place = store is not None and store.dtype == head.dtype == torch.float32
+        block = _block(head, rows, columns, out=store if in_place else None)
+        parts.append(fold_forward(head.impl, block, store))
+    parts = torch.cat(parts)
+    if rows.kept is not None:
+        reanchor(
+            head.impl,
+            rows.kept,
+            parts,
+            min(width, FOLD_BLOCK) if head.impl == "triton" else width,
+        )
+    return merge(parts)
+
+
+def _gradient_tile(
+    head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool
+) -> tuple[Tensor, Tensor | None]:
+    """d loss / d raw logits [n, v] in the GEMM dtype, up to a factor [n, 1] (None: no factor)."""
+    if rows.kept is None:
+        block = _block(head, rows, columns)
+        grad = (
+            block.raw
+            if head.dtype == torch.float32
+            else block.raw.new_empty(block.raw.shape, dtype=head.dtype)
+        )
+        fold_backward(head.impl, block, c, grad)
+        return grad, None
+    e = rows.kept[:, columns]
+    if plain:  # the target's -S is in E already
+        return e.to(head.dtype), (c.alpha * rows.inverse_temperature * head.logit_scale)[:, None]
+    e = e.float()
+    grad = torch.special.xlogy(e, e).mul_(c.beta[:, None]).addcmul_(e, c.alpha[:, None])
+    _at_target(grad, rows.targets - columns.start, c.gamma * _target_slope(head, rows))
+    grad *= (rows.inverse_temperature * head.logit_scale)[:, None]
+    return grad.to(head.dtype), None
+
+
+def _target_slope(head: Head, rows: Rows) -> Tensor | float:
+    """1 - tanh^2 of the softcap at the target."""
+    return 1.0 if head.softcap is None else 1 - (rows.anchor / head.softcap) ** 2
+
+
+def _at_target(tile: Tensor, columns: Tensor, values: Tensor) -> None:
+    """tile[i, columns[i]] = values[i] where the column lies in the tile."""
+    inside = (columns >= 0) & (columns < tile.shape[1])
+    columns = columns.clamp(0, tile.shape[1] - 1)[:, None]
+    values = torch.where(inside, values.to(tile.dtype), tile.gather(1, columns).squeeze(1))
+    tile.scatter_(1, columns, values[:, None])
+
+
+def head_backward(
+    head: Head,
+    runs: list[tuple[Rows, Coefficients]],
+    plain: bool,
+    d_hidden: list[Tensor] | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    accumulate: bool = False,
+) -> None:
+    """Adds to d_hidden (a float32 [n, H] per run); writes, or adds to, d_weight [V, H] and
+    d_bias [V].
+
+    The vocabulary is the outer loop: a tile of d_weight is summed over the runs in float32 and
+    written once. `plain`: only logp has an upstream gradient.
+    """
+    longest = max((len(rows.targets) for rows, _ in runs), default=0)
+    tile_bytes = for_device(BACKWARD_TILE, head.weight.device)
+    for columns in _columns(len(head.weight), longest, tile_bytes):
+        weight = head.weight[columns].to(head.dtype)
+        weight_sum = None if d_weight is None else _Sum(d_weight[columns], accumulate)
+        bias_sum = None if d_bias is None else _Sum(d_bias[columns], accumulate)
+        for index, (rows, c) in enumerate(runs):
+            grad, factor = _gradient_tile(head, rows, c, columns, plain)
+            if d_hidden is not None:
+                part = _matmul(grad, weight)
+                d_hidden[index].add_(part) if factor is None else d_hidden[index].addcmul_(
+                    part, factor
+                )
+            if weight_sum is not None:
+                hidden = rows.hidden if factor is None else (rows.hidden * factor).to(head.dtype)
+                weight_sum.add_product(grad.t(), hidden)
+            if bias_sum is not None:
+                bias_sum.add((grad if factor is None else grad * factor).sum(0).float())
+        for total in (weight_sum, bias_sum):
+            if total is not None:
+                total.write()
+
+
+class _Sum:
+    """A float32 running sum whose first term needs no zeros, written to `out` once."""
+
+    def __init__(self, out: Tensor, accumulate: bool):
+        self.out, self.accumulate = out, accumulate
+        in_place = out.dtype == torch.float32
+        self.total = out if in_place else torch.empty_like(out, dtype=torch.float32)
+        self.empty = not (in_place and accumulate)
+
+    def add(self, term: Tensor) -> None:
+        self.total.copy_(term) if self.empty else self.total.add_(term)
+        self.empty = False
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        if a.dtype != torch.float32:
+            self.add(_matmul(a, b))
+        elif self.empty:
+            torch.mm(a, b, out=self.total)
+        else:
+            self.total.addmm_(a, b)
+        self.empty = False
+
+    def write(self) -> None:
+        if self.empty:
+            self.total.zero_()
+        if self.total is not self.out:
+            self.out.add_(self.total) if self.accumulate else self.out.copy_(self.total)
+
+
+def stash_targets(head: Head, rows: Rows, sums: Tensor) -> None:
+    """Puts -S at the target of the kept E, which makes it d logp / d logits up to a row factor."""
+    if rows.kept is not None:
+        values = -sums[0] * _target_slope(head, rows)
+        rows.kept.scatter_(1, rows.targets[:, None], values.to(rows.kept.dtype)[:, None])
+
+
+def run_slices(n: int, stash_rows: int, longest: int = 0) -> list[slice]:
+    """Runs of at most `longest` and MAX_ROWS tokens, each wholly kept or wholly recomputed."""
+    step = min(longest or MAX_ROWS, MAX_ROWS)
+    edges = sorted({*range(0, stash_rows, step), *range(stash_rows, n, step), n})
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
