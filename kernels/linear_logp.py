@@ -114,7 +114,7 @@ class _LinearLogp(torch.autograd.Function):
                     kept.append(rows.kept)
                 sums.append(head_forward(head, rows))
                 stash_targets(head, rows, sums[-1])
-            sums = torch.cat(sums, 1) if sums else everything.anchor.new_zeros(6, 0)
+            sums = torch.cat(sums, 1)
             stats = finalize(sums, everything.anchor, inverse_temperature, len(weight), outputs)
         ctx.save_for_backward(
             hidden, weight, bias, targets, inverse_temperature, everything.anchor, sums

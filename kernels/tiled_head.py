@@ -230,6 +230,8 @@ def stash_targets(head: Head, rows: Rows, sums: Tensor) -> None:
 
 def run_slices(n: int, stash_rows: int, longest: int = 0) -> list[slice]:
     """Runs of at most `longest` and MAX_ROWS tokens, each wholly kept or wholly recomputed."""
+    if n == 0:
+        return [slice(0, 0)]
     step = min(longest or MAX_ROWS, MAX_ROWS)
     edges = sorted({*range(0, stash_rows, step), *range(stash_rows, n, step), n})
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]

@@ -1,0 +1,97 @@
+"""Checkpoints by torch.distributed.checkpoint: sharded as the model is, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from .dist import Ranks
+from .errors import UserError
+
+
+def save(
+    folder: Path,
+    ranks: Ranks,
+    scorer: nn.Module,
+    optimizer,
+    progress: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Writes `folder/checkpoint-N`, N = progress["step"]; it has its name only once complete."""
+    final = folder / f"checkpoint-{progress['step']}"
+    partial = folder / f".{final.name}.partial"
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    model_state, optimizer_state = get_state_dict(scorer, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    if ranks.is_main:
+        (partial / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in complete(folder)[:-keep] if keep else ():
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def load(path: Path, scorer: nn.Module, optimizer) -> dict[str, Any]:
+    """Restores a checkpoint in place; returns its progress."""
+    model_state, optimizer_state = get_state_dict(scorer, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(
+        scorer,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    return json.loads((path / "progress.json").read_text())
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "progress.json").exists()]
+    return sorted(found, key=lambda p: int(re.sub(r"\D", "", p.name) or 0))
+
+
+def resolve(folder: Path, wanted: str) -> Path:
+    """The checkpoint that --resume_from_checkpoint names; "true" is the newest of the run."""
+    if wanted.lower() not in ("true", "1", "yes"):
+        path = Path(wanted)
+        if not (path / "progress.json").exists():
+            raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint folder")
+        return path
+    checkpoints = complete(folder)
+    if not checkpoints:
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint")
+    return checkpoints[-1]
+
+
+def full_state(scorer: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
+    """The model's own state dict on rank 0's CPU, for export; None on other ranks."""
+    options = StateDictOptions(full_state_dict=ranks.world > 1, cpu_offload=ranks.world > 1)
+    state = get_model_state_dict(scorer, options=options)
+    if not ranks.is_main:
+        return None
+    prefix = "model."
+    return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in state.items()}

@@ -1,0 +1,364 @@
+"""Rows -> tokens. What is trained on is decided here, once: every sequence leaves with its mask.
+
+Formats are TRL's: `text`, `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected`
+(the prompt may be implicit), each as strings or as lists of {"role", "content"}.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import UserError
+
+FILE_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Row(NamedTuple):
+    """A row of a dataset and where it came from, for messages."""
+
+    columns: dict[str, Any]
+    where: str
+
+
+class Sequence(NamedTuple):
+    """A sequence and which of its tokens are trained on (the first never is)."""
+
+    tokens: np.ndarray  # [L] int64
+    scored: np.ndarray  # [L] bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """The sequences of one row: one for SFT, chosen and rejected for a pair."""
+
+    index: int
+    sequences: tuple[Sequence, ...]
+    where: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(s.tokens) for s in self.sequences)
+
+
+@dataclass
+class Ledger:
+    """What became of the rows; printed by every run, so that nothing is dropped silently."""
+
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    identical: int = 0
+    prompt_fills_max_length: int = 0
+    without_eos: int = 0
+    tokens: int = 0
+    scored_tokens: int = 0
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.kept} of {self.rows} rows kept, {self.tokens} tokens, " + (
+            f"{self.scored_tokens} of them trained on"
+        )
+        notes = {
+            "truncated to max_length": self.truncated,
+            "skipped: identical pair": self.identical,
+            "skipped: prompt fills max_length": self.prompt_fills_max_length,
+            "without EOS at the end": self.without_eos,
+        }
+        for note, count in notes.items():
+            yield f"{count} {note}"
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def load_rows(name: str, split: str = "train", config: str | None = None) -> list[Row]:
+    """The rows of a file, a folder of files, or a hub dataset."""
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if _kind(p))
+        if not files:
+            raise UserError(f"{path}: wanted .jsonl, .csv or .parquet files; the folder has none")
+        return [row for file in files for row in _file_rows(file)]
+    if path.is_file():
+        return _file_rows(path)
+    if path.suffix in FILE_KINDS or path.suffix == ".gz" or name.startswith((".", os.sep)):
+        raise UserError(f"{name}: no such file")
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        raise UserError(
+            f"--dataset_name {name}: neither a file here nor a dataset the hub gave: {error}"
+        ) from error
+    return [Row(dict(row), f"{name}[{i}]") for i, row in enumerate(dataset)]
+
+
+def _kind(path: Path) -> str | None:
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    return FILE_KINDS.get(plain.suffix)
+
+
+def _file_rows(path: Path) -> list[Row]:
+    kind = _kind(path)
+    if kind is None:
+        raise UserError(f"{path}: wanted .jsonl, .json, .csv or .parquet; got {path.suffix!r}")
+    if kind == "jsonl":
+        return list(_json_rows(path))
+    import datasets
+
+    dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
+    first = 2 if kind == "csv" else 0  # a CSV's header is line 1
+    sign = ":" if kind == "csv" else "[{}]"
+    return [
+        Row(dict(row), f"{path}:{i + first}" if sign == ":" else f"{path}[{i}]")
+        for i, row in enumerate(dataset)
+    ]
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """One JSON object a line, or one JSON array of objects."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if path.with_suffix("").suffix == ".json" or path.suffix == ".json":
+            start = file.read(1)
+            file.seek(0)
+            if start == "[":
+                for i, row in enumerate(json.load(file)):
+                    yield Row(_checked(row, f"{path}[{i}]"), f"{path}[{i}]")
+                return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: wanted one JSON object a line; column {error.colno}: {error.msg}. "
+                    "Mend or remove the line"
+                ) from None
+            yield Row(_checked(row, where), where)
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: wanted a JSON object; got {type(row).__name__}")
+    return row
+
+
+def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[list, Ledger]:
+    """`chosen` + `rejected` rows, with or without `prompt` -> Examples of (chosen, rejected).
+
+    As in TRL: an implicit prompt is the common prefix of the two; EOS is appended to completions
+    that are text; the completion begins where the tokens of prompt and prompt + completion part;
+    a row longer than max_length keeps its start, and is skipped if only its prompt is left.
+    Identical pairs carry no gradient and are skipped.
+    """
+    for row in rows:
+        _require_columns(row, ("chosen", "rejected"))
+        _require_completion(row, "chosen")
+        _require_completion(row, "rejected")
+    ledger = Ledger(rows=len(rows))
+    distinct = [row for row in rows if row.columns["chosen"] != row.columns["rejected"]]
+    ledger.identical = len(rows) - len(distinct)
+    parts = [_split_prompt(row.columns) for row in distinct]
+    options = [_template_options(row.columns) for row in distinct]
+    prompts = _tokenize(tokenizer, [p for p, _, _ in parts], options, add_generation_prompt=True)
+    chosen = _tokenize(tokenizer, [p + c for p, c, _ in parts], options)
+    rejected = _tokenize(tokenizer, [p + r for p, _, r in parts], options)
+    examples = []
+    for i, row in enumerate(distinct):
+        is_text = isinstance(row.columns["chosen"], str)
+        pair = [np.asarray(x[i], dtype=np.int64) for x in (chosen, rejected)]
+        if is_text:
+            pair = [_with_eos(ids, tokenizer) for ids in pair]
+        prompt = np.asarray(prompts[i], dtype=np.int64)
+        start = min(common_prefix(prompt, ids) for ids in pair)
+        if max_length is not None and start >= max_length:
+            ledger.prompt_fills_max_length += 1
+            continue
+        cut = [ids[:max_length] for ids in pair]
+        if np.array_equal(*cut):
+            ledger.identical += 1
+            continue
+        ledger.truncated += any(len(ids) > len(kept) for ids, kept in zip(pair, cut, strict=True))
+        sequences = tuple(_sequence(ids, slice(start, None)) for ids in cut)
+        examples.append(Example(len(examples), sequences, row.where))
+        _count(ledger, examples[-1], tokenizer)
+    return _some(examples, ledger), ledger
+
+
+def sft_examples(
+    rows: list[Row],
+    tokenizer,
+    max_length: int | None,
+    completion_only: bool | None = None,
+    assistant_only: bool = False,
+) -> tuple[list, Ledger]:
+    """`text`, `messages`, or `prompt` + `completion` rows -> Examples of one sequence.
+
+    With a prompt the completion alone is scored unless `completion_only` is False; a row longer
+    than max_length keeps its start, and is skipped if nothing scored is left.
+    """
+    ledger = Ledger(rows=len(rows))
+    examples = []
+    for row in rows:
+        tokens, scored, is_text = _sft_tokens(row, tokenizer, completion_only, assistant_only)
+        if is_text and tokens[-1] != tokenizer.eos_token_id:
+            tokens, scored = np.append(tokens, tokenizer.eos_token_id), np.append(scored, True)
+        kept = slice(None, max_length)
+        if not scored[kept][1:].any():
+            ledger.prompt_fills_max_length += 1
+            continue
+        ledger.truncated += len(tokens) > len(tokens[kept])
+        sequence = _sequence(tokens[kept], scored[kept])
+        examples.append(Example(len(examples), (sequence,), row.where))
+        _count(ledger, examples[-1], tokenizer)
+    return _some(examples, ledger), ledger
+
+
+def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
+    """Tokens, which are scored, and whether the row is text (its EOS is ours to append)."""
+    columns = row.columns
+    options = [_template_options(columns)]
+    if "messages" in columns or "text" in columns:
+        whole = columns.get("messages", columns.get("text"))
+        if not whole:
+            raise UserError(f"{row.where}: 'messages' or 'text' is empty; remove the row")
+        if assistant_only:
+            tokens, scored = _assistant_mask(row, tokenizer, options[0])
+        else:
+            tokens = np.asarray(_tokenize(tokenizer, [whole], options)[0], dtype=np.int64)
+            scored = np.ones(len(tokens), dtype=bool)
+        return tokens, scored, isinstance(whole, str)
+    if not {"prompt", "completion"} <= columns.keys():
+        raise UserError(
+            f"{row.where}: wanted 'text', 'messages', or 'prompt' and 'completion'; got columns "
+            f"{sorted(columns)}"
+        )
+    _require_completion(row, "completion")
+    prompt, completion = columns["prompt"], columns["completion"]
+    tokens = np.asarray(_tokenize(tokenizer, [prompt + completion], options)[0], dtype=np.int64)
+    alone = _tokenize(tokenizer, [prompt], options, add_generation_prompt=True)[0]
+    start = common_prefix(np.asarray(alone), tokens) if completion_only is not False else 0
+    return tokens, np.arange(len(tokens)) >= start, isinstance(completion, str)
+
+
+def _assistant_mask(row: Row, tokenizer, options: dict) -> tuple[np.ndarray, np.ndarray]:
+    messages = row.columns.get("messages")
+    if not isinstance(messages, list):
+        raise UserError(f"{row.where}: --assistant_only_loss wants 'messages'; got text")
+    if "{% generation %}" not in (tokenizer.chat_template or ""):
+        raise UserError(
+            "--assistant_only_loss: the chat template has no {% generation %} markers; add them "
+            "around the assistant's content, or drop the flag"
+        )
+    out = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+    )
+    scored = np.asarray(out["assistant_masks"], dtype=bool)
+    return np.asarray(out["input_ids"], dtype=np.int64), scored
+
+
+def _split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected; an implicit prompt is split off as TRL's extract_prompt does."""
+    chosen, rejected = columns["chosen"], columns["rejected"]
+    prompt = columns.get("prompt")
+    if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
+        return prompt, chosen, rejected
+    index = 0
+    for index in range(min(len(chosen), len(rejected))):  # noqa: B007
+        if chosen[index] != rejected[index]:
+            if index > 0 and chosen[index - 1] == " ":  # tokens begin with their space
+                index -= 1
+            break
+    return chosen[:index], chosen[index:], rejected[index:]
+
+
+def _tokenize(tokenizer, texts: list, options: list[dict], add_generation_prompt=False) -> list:
+    """Token ids of strings or message lists."""
+    if not texts:
+        return []
+    if isinstance(texts[0], str):
+        return tokenizer(texts)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the rows are conversations but the tokenizer has no chat template; set one, or give "
+            "rows of plain text"
+        )
+    return [
+        tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=add_generation_prompt,
+            **option,
+        )["input_ids"]
+        for messages, option in zip(texts, options, strict=True)
+    ]
+
+
+def _template_options(columns: dict[str, Any]) -> dict[str, Any]:
+    tools = columns.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = columns.get("chat_template_kwargs") or {}
+    return {"tools": tools, **options} if tools else dict(options)
+
+
+def _with_eos(tokens: np.ndarray, tokenizer) -> np.ndarray:
+    if len(tokens) and tokens[-1] == tokenizer.eos_token_id:
+        return tokens
+    return np.append(tokens, tokenizer.eos_token_id)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens two sequences have in common."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def _sequence(tokens: np.ndarray, scored: slice | np.ndarray) -> Sequence:
+    mask = np.zeros(len(tokens), dtype=bool)
+    mask[scored] = True
+    mask[0] = False  # nothing predicts the first token
+    return Sequence(tokens, mask)
+
+
+def _count(ledger: Ledger, example: Example, tokenizer) -> None:
+    ledger.kept += 1
+    ledger.tokens += example.n_tokens
+    ledger.scored_tokens += sum(int(s.scored.sum()) for s in example.sequences)
+    ledger.without_eos += not all(
+        tokenizer.eos_token_id in s.tokens[s.scored][-2:] for s in example.sequences
+    )
+
+
+def _some(examples: list[Example], ledger: Ledger) -> list[Example]:
+    if not examples:
+        raise UserError("no row is left to train on: " + "; ".join(ledger.lines()))
+    return examples
+
+
+def _require_columns(row: Row, wanted: Iterable[str]) -> None:
+    for column in wanted:
+        if row.columns.get(column) is None:
+            raise UserError(
+                f"{row.where}: wanted a column {column!r}; got {sorted(row.columns)}. "
+                "Add it or remove the row"
+            )
+
+
+def _require_completion(row: Row, column: str) -> None:
+    value = row.columns[column]
+    content = value if isinstance(value, str) or not value else value[-1].get("content")
+    if not content:
+        raise UserError(f"{row.where}: {column!r} is an empty completion; fill or remove the row")

@@ -1,0 +1,207 @@
+"""The optimizer step, top to bottom."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import get_scheduler
+
+from . import checkpoint
+from .batch import pack
+from .data import Example
+from .dist import Ranks
+from .errors import UserError
+from .objectives import Method
+from .report import Meter, Report
+from .schedule import Schedule, share_out
+
+
+def train(
+    config,
+    method: Method,
+    scorer: nn.Module,
+    examples: list[Example],
+    held_out: list[Example],
+    ranks: Ranks,
+    report: Report,
+) -> None:
+    """Trains `scorer` in place: batch -> scores -> objective -> step, with logs and checkpoints."""
+    schedule = Schedule(examples, config, ranks)
+    optimizer = make_optimizer(scorer, config)
+    learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
+    share = config.layout == "shared"
+    start = resume(config, scorer, optimizer, learning_rate, report)
+    meter = Meter(ranks)
+    scorer.train()
+
+    with report.progress(config.disable_tqdm) as progress, interruptible() as interrupted:
+        bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
+        for step in range(start, schedule.total_steps):
+            micro_batches = schedule.step(step)
+            batches = [pack(rows, share).to(ranks.device) for rows in micro_batches]
+            units = global_units(method, batches, ranks)
+            losses = []
+            for batch in batches:
+                with autocast(config, ranks):
+                    objective = method.objective(scorer, batch)
+                loss = objective.loss.sum()
+                # FSDP averages gradients over ranks; the global mean wants their sum
+                (loss * (ranks.world / units)).backward()
+                losses.append(loss.detach())
+                meter.add({"loss": objective.loss, **objective.metrics})
+                meter.tokens += batch.n_tokens
+            grad_norm = clip(scorer, config)
+            stop_unless_finite(step, losses, grad_norm, micro_batches, ranks)
+            meter.add({"grad_norm": grad_norm[None]})
+            rate = learning_rate.get_last_lr()[0]
+            optimizer.step()
+            learning_rate.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            progress.update(bar, completed=done)
+            if done % config.logging_steps == 0 or done == schedule.total_steps:
+                values = meter.read()
+                epoch = done / schedule.steps_per_epoch
+                report.metrics(done, {**values, "learning_rate": rate, "epoch": epoch})
+                progress.update(bar, status=f"{values['tokens_per_second']:.0f} tokens/s")
+                meter.clear()
+            if evaluates(config, done, schedule):
+                values = evaluate(config, method, scorer, held_out, ranks)
+                report.metrics(done, {f"eval_{k}": v for k, v in values.items()})
+                meter.started += values["runtime"]
+            if interrupted() or (config.save_steps and done % config.save_steps == 0):
+                saved = checkpoint.save(
+                    Path(config.output_dir),
+                    ranks,
+                    scorer,
+                    optimizer,
+                    {"step": done, "learning_rate": learning_rate.state_dict()},
+                    config.save_total_limit,
+                )
+                if interrupted():
+                    report.say(f"interrupted after step {done}; saved {saved}")
+                    raise KeyboardInterrupt
+
+
+def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
+    """AdamW with no decay on vectors, or SGD."""
+    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def make_scheduler(optimizer, config, total_steps: int):
+    warmup = config.warmup_steps
+    warmup = int(warmup) if warmup >= 1 else int(warmup * total_steps)
+    kind = config.lr_scheduler_type
+    kind = "constant_with_warmup" if kind == "constant" and warmup else kind
+    return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+
+def resume(config, scorer, optimizer, learning_rate, report: Report) -> int:
+    """The step to begin with."""
+    if not config.resume_from_checkpoint:
+        return 0
+    path = checkpoint.resolve(Path(config.output_dir), config.resume_from_checkpoint)
+    progress = checkpoint.load(path, scorer, optimizer)
+    learning_rate.load_state_dict(progress["learning_rate"])
+    report.say(f"resumed {path} at step {progress['step']}")
+    return progress["step"]
+
+
+def global_units(method: Method, batches, ranks: Ranks) -> float:
+    """How many units (tokens, pairs, ...) the optimizer step has, over ranks and micro-batches."""
+    count = sum(batch.count(method.unit) for batch in batches)
+    return max(1.0, ranks.total(torch.tensor([float(count)], dtype=torch.float64)).item())
+
+
+def autocast(config, ranks: Ranks):
+    if config.bf16 and config.dtype == "float32":
+        return torch.autocast(ranks.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def clip(scorer: nn.Module, config) -> torch.Tensor:
+    """Clips the gradient's global norm; returns what it was."""
+    limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
+    norm = clip_grad_norm_(scorer.parameters(), limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> None:
+    """Stops before an update that would spoil the weights; every rank sees the same answer."""
+    bad = sum((~torch.isfinite(x)).double().sum() for x in (*losses, grad_norm))
+    if not ranks.total(torch.as_tensor([float(bad)], dtype=torch.float64)).item():
+        return
+    rows = [e.where or str(e.index) for rows in micro_batches for e in rows]
+    shown = ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
+    raise UserError(
+        f"step {step + 1}: loss or gradient is not finite (loss {[float(x) for x in losses]}, "
+        f"gradient norm {float(grad_norm)}); the weights are as they were before it. "
+        f"Rows: {shown}. Lower --learning_rate, or look at those rows"
+    )
+
+
+def evaluates(config, done: int, schedule: Schedule) -> bool:
+    if config.eval_strategy == "steps":
+        return done % config.eval_steps == 0
+    return config.eval_strategy == "epoch" and done % schedule.steps_per_epoch == 0
+
+
+@torch.no_grad()
+def evaluate(
+    config, method: Method, scorer: nn.Module, examples: list[Example], ranks: Ranks
+) -> dict[str, float]:
+    """The objective's means over held-out examples."""
+    meter = Meter(ranks)
+    scorer.eval()
+    size = config.per_device_eval_batch_size
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    for rows in share_out(batches, ranks):
+        batch = pack(rows, config.layout == "shared").to(ranks.device)
+        with autocast(config, ranks):
+            objective = method.objective(scorer, batch)
+        meter.add({"loss": objective.loss, **objective.metrics})
+        meter.tokens += batch.n_tokens
+    scorer.train()
+    values = meter.read()
+    values["runtime"] = values["num_tokens"] / values["tokens_per_second"]
+    return values
+
+
+@contextmanager
+def interruptible():
+    """Ctrl-C asks for an end after the step at hand; a second one ends at once."""
+    asked = False
+
+    def ask(signum, frame):
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    old = signal.signal(signal.SIGINT, ask)
+    answer: Callable[[], bool] = lambda: asked  # noqa: E731
+    try:
+        yield answer
+    finally:
+        signal.signal(signal.SIGINT, old)

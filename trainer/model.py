@@ -1,0 +1,115 @@
+"""Models from transformers: loaded whole, scored through our head, exported as they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from prefuse.kernels.attention import packed_attention_forward
+
+from .errors import UserError
+
+ATTENTION = "prefuse"
+AttentionInterface.register(ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+class HeadOptions(NamedTuple):
+    """What a model does to its logits after the projection."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer, with an EOS and a padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"--model_name_or_path {name}: no tokenizer loads from it: {error}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}: the tokenizer has no EOS token, so the model could never learn to stop; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = int(1e30)  # truncation is data.py's, and counted
+    return tokenizer
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, layout: str, trust_remote_code: bool = False
+) -> nn.Module:
+    """A causal language model with dropout off and the attention that `layout` needs."""
+    attention = "sdpa" if layout == "padded" else ATTENTION
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        for key, value in vars(config).items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(config, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {name}: {error}") from error
+    model.config.use_cache = False
+    return model
+
+
+def check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
+    """Every id the tokenizer can give must have a row in the model's head."""
+    rows, ids = model.get_output_embeddings().weight.shape[0], len(tokenizer)
+    if ids > rows:
+        raise UserError(
+            f"{name}: the tokenizer has {ids} tokens but the model's vocabulary {rows}; use the "
+            "model's own tokenizer, or resize the model's embeddings to it"
+        )
+
+
+def head_options(model: nn.Module) -> HeadOptions:
+    """Logit scale and softcap from the model's configuration; the probe checks the result."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    return HeadOptions(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+def can_share_prefixes(model: nn.Module, longest: int) -> str | None:
+    """Why `model`'s attention cannot be packed with shared prefixes, or None if it can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of kind {sorted(kinds - {'full_attention'})}"
+    slides = "sliding_attention" in kinds or (window and not kinds)
+    if slides and window and window < longest:
+        return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "a softcap on its attention scores"
+    return None
+
+
+@torch.no_grad()
+def export(model: nn.Module, state: dict[str, Tensor] | None, tokenizer, folder: Path) -> None:
+    """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer."""
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=state)
+    model.config.use_cache = False
+    tokenizer.save_pretrained(folder)

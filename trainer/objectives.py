@@ -1,0 +1,90 @@
+"""Which loss a method trains, as a function of a scorer and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels.linear_logp import TokenStats
+from prefuse.kernels.objective import Objective, Unit
+from prefuse.kernels.preference import preference_loss
+from prefuse.kernels.segments import segment_sum
+
+from .batch import PackedBatch
+from .scores import Scorer
+
+Reference = Callable[[PackedBatch], Tensor]
+
+
+class Method(NamedTuple):
+    """What is minimised, and the unit it is counted in."""
+
+    objective: Callable[[Scorer, PackedBatch], Objective]
+    unit: Unit
+
+
+def sft() -> Method:
+    """Negative log-likelihood per token."""
+    return Method(_sft, "token")
+
+
+def _sft(scorer: Scorer, batch: PackedBatch) -> Objective:
+    loss, stats = scorer(batch, ("logp", "entropy", "top1"), token_loss=_nll)
+    metrics = {"entropy": stats.entropy, "mean_token_accuracy": stats.top1.float()}
+    return Objective(loss, "token", metrics)
+
+
+def _nll(stats: TokenStats) -> Tensor:
+    return -stats.logp
+
+
+def sequence_logps(scorer: Scorer, batch: PackedBatch) -> Tensor:
+    """log pi of every scored sequence [Q]: float32 sums over its tokens."""
+    return segment_sum(scorer(batch).logp, batch.score_cu_seqlens)
+
+
+def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, Any]) -> Method:
+    """A preference loss on pairs packed as chosen, rejected, chosen, rejected, ..."""
+
+    def objective(scorer: Scorer, batch: PackedBatch) -> Objective:
+        chosen, rejected = _halves(sequence_logps(scorer, batch))
+        chosen_len, rejected_len = _halves(batch.score_cu_seqlens.diff())
+        ref_chosen = ref_rejected = None
+        if reference is not None:
+            ref_chosen, ref_rejected = _halves(reference(batch))
+        loss = preference_loss(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            loss_type=loss_type,
+            chosen_len=chosen_len,
+            rejected_len=rejected_len,
+            **hyperparameters,
+        )
+        logps = {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
+        return loss._replace(metrics={**loss.metrics, **logps})
+
+    return Method(objective, "pair")
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[0::2], x[1::2]
+
+
+def live_reference(scorer: Scorer) -> Reference:
+    """Reference log-probs by a frozen model, as they are needed."""
+
+    @torch.no_grad()
+    def score(batch: PackedBatch) -> Tensor:
+        return sequence_logps(scorer, batch)
+
+    return score
+
+
+def cached_reference(table: Tensor) -> Reference:
+    """Reference log-probs [E, sequences] computed beforehand, looked up by example."""
+    return lambda batch: table[batch.examples].flatten()

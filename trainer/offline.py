@@ -1,0 +1,165 @@
+"""Offline training: load, check, score, train, export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from prefuse.kernels.preference import LOSSES, uses_reference
+
+from . import checkpoint, objectives
+from .batch import pack
+from .config import DPOConfig, SFTConfig, TrainConfig, updated
+from .data import Example, Row, load_rows, pair_examples, sft_examples
+from .dist import Ranks, decoder_layers, shard, start
+from .loop import autocast, train
+from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
+from .objectives import Method, Reference
+from .report import Report, claim_folder
+from .schedule import share_out
+from .scores import Scorer, probe
+
+
+def run_sft(config: SFTConfig) -> None:
+    """`prefuse sft`."""
+
+    def tokenize(rows, tokenizer):
+        return sft_examples(
+            rows,
+            tokenizer,
+            config.max_length,
+            config.completion_only_loss,
+            config.assistant_only_loss,
+        )
+
+    _run(config, "sft", tokenize, lambda *_: objectives.sft())
+
+
+def run_dpo(config: DPOConfig) -> None:
+    """`prefuse dpo`."""
+
+    def tokenize(rows, tokenizer):
+        return pair_examples(rows, tokenizer, config.max_length)
+
+    def method(config: DPOConfig, examples, ranks, report) -> Method:
+        reference = None
+        if uses_reference(LOSSES[config.loss_type]):
+            reference = _reference(config, examples, ranks, report)
+        return objectives.dpo(reference, config.loss_type, config.hyperparameters)
+
+    _run(config, "dpo", tokenize, method)
+
+
+def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
+    ranks = start()
+    config = _resolve(config, ranks)
+    claim_folder(config, ranks)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    train_rows, eval_rows = _rows(config)
+    examples, ledger = tokenize(train_rows, tokenizer)
+    held_out: list[Example] = []
+    if eval_rows:
+        held_out, _ = tokenize(eval_rows, tokenizer)
+        held_out = [replace(e, index=e.index + len(examples)) for e in held_out]
+    config, scorer, note = load_scorer(
+        config, config.model_name_or_path, tokenizer, examples, ranks
+    )
+    report = Report(config, name, ranks)
+    if note:
+        report.say(note)
+    for line in ledger.lines():
+        report.say(f"data: {line}")
+    method = make_method(config, examples + held_out, ranks, report)
+    _prepare(config, scorer)
+    scorer = shard(scorer, ranks)
+    train(config, method, scorer, examples, held_out, ranks, report)
+    state = checkpoint.full_state(scorer, ranks)
+    if ranks.is_main:
+        export(scorer.model, state, tokenizer, Path(config.output_dir))
+        report.say(f"exported {config.output_dir}")
+    ranks.barrier()
+
+
+def _resolve(config, ranks: Ranks):
+    """Settings that depend on the machine."""
+    if config.bf16 is None:
+        on_gpu = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        config = updated(config, bf16=on_gpu)
+    return config
+
+
+def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows."""
+    rows = load_rows(config.dataset_name, config.dataset_train_split, config.dataset_config)
+    if config.eval_dataset_name:
+        return rows, load_rows(config.eval_dataset_name, "test", config.dataset_config)
+    held = round(config.eval_fraction * len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    chosen = set(order[:held])
+    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in order[:held]]
+
+
+def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
+    """The model ready to score, after the probe; and what the user should know of its layout."""
+    dtype = getattr(torch, config.dtype)
+    budget = None if config.head_budget_mb is None else config.head_budget_mb << 20
+    model = load_model(
+        name, dtype=dtype, layout=config.layout, trust_remote_code=config.trust_remote_code
+    )
+    check_vocabulary(model, tokenizer, name)
+    longest = max(len(s.tokens) for e in examples for s in e.sequences)
+    obstacle = None if config.layout == "padded" else can_share_prefixes(model, longest)
+    note = None
+    if obstacle:
+        note = f"layout: padded, because the model has {obstacle}"
+        config = updated(config, layout="padded")
+        model = load_model(
+            name, dtype=dtype, layout="padded", trust_remote_code=config.trust_remote_code
+        )
+    scorer = Scorer(model.to(ranks.device), config.layout, budget).eval()
+    probe(scorer, ranks.device, tolerance=1e-3 if dtype == torch.float32 else 0.2)
+    return config, scorer, note
+
+
+def _prepare(config, scorer: Scorer) -> None:
+    """Memory and speed options of the model that is trained."""
+    if config.gradient_checkpointing:
+        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        for layer in decoder_layers(scorer):
+            layer.compile()
+
+
+def _reference(config: DPOConfig, examples: list[Example], ranks: Ranks, report) -> Reference:
+    """pi_ref: a frozen model kept beside the policy, or its scores of the data."""
+    name = config.ref_model_name_or_path or config.model_name_or_path
+    tokenizer = load_tokenizer(name, config.trust_remote_code)
+    _, scorer, _ = load_scorer(config, name, tokenizer, examples, ranks)
+    scorer.requires_grad_(False)
+    score = objectives.live_reference(shard(scorer, ranks))
+
+    def autocast_score(batch):
+        with autocast(config, ranks):
+            return score(batch)
+
+    if not config.precompute_ref_log_probs:
+        return autocast_score
+    return objectives.cached_reference(_precompute(config, autocast_score, examples, ranks, report))
+
+
+def _precompute(config, score: Reference, examples: list[Example], ranks: Ranks, report):
+    """Reference log-probs [E, 2] of all examples, each scored on one rank."""
+    size = config.per_device_eval_batch_size
+    order = sorted(range(len(examples)), key=lambda i: examples[i].n_tokens)
+    batches = [[examples[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
+    mine = share_out(batches, ranks)
+    table = torch.zeros(len(examples), 2, dtype=torch.float64)
+    with report.progress(config.disable_tqdm) as progress:
+        bar = progress.add_task("reference", total=len(mine), status="")
+        for rows in mine:
+            batch = pack(rows, config.layout == "shared").to(ranks.device)
+            table[batch.examples.cpu()] = score(batch).view(-1, 2).double().cpu()
+            progress.advance(bar)
+    return ranks.total(table).float().to(ranks.device)

@@ -1,0 +1,158 @@
+"""What a run tells: the console, metrics.jsonl, config.yaml, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .dist import Ranks
+from .errors import UserError
+
+SHOWN = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "mean_token_accuracy",
+    "tokens_per_second",
+)
+
+
+class Report:
+    """The voice of a run; silent on every rank but the first."""
+
+    def __init__(self, config, method: str, ranks: Ranks):
+        self.folder = Path(config.output_dir)
+        self.ranks = ranks
+        self.console = Console(quiet=not ranks.is_main, highlight=False, soft_wrap=True)
+        self.tensorboard = None
+        if not ranks.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if config.report_to == "tensorboard":
+            self.tensorboard = _tensorboard(self.folder)
+        resolved = {"method": method, **flat(config), "versions": versions()}
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same on the console."""
+        if not self.ranks.is_main:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        shown = "  ".join(f"{k} {_short(values[k])}" for k in _shown(values))
+        self.say(f"step {step}  {shown}")
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def progress(self, hidden: bool) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=hidden or not self.ranks.is_main,
+        )
+
+
+def claim_folder(config, ranks: Ranks) -> None:
+    """Refuses a folder that holds another run, unless it is resumed or overwritten."""
+    folder = Path(config.output_dir)
+    held = [p for p in (folder / "config.yaml", *folder.glob("checkpoint-*")) if p.exists()]
+    if not held or config.resume_from_checkpoint:
+        return
+    if not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder}: holds another run ({held[0].name}); choose another folder, or "
+            "pass --resume_from_checkpoint true or --overwrite_output_dir"
+        )
+    if ranks.is_main:
+        for path in (*held, folder / "metrics.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    ranks.barrier()
+
+
+def flat(config) -> dict[str, Any]:
+    """A configuration as the flags that would make it again."""
+    values = asdict(config) if is_dataclass(config) else dict(config)
+    return {**values, **values.pop("hyperparameters", {})}
+
+
+def versions() -> dict[str, str]:
+    names = ("prefuse", "torch", "transformers", "triton")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+class Meter:
+    """Sums of detached metrics since the last log line; read, and reduced over ranks, there."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.tokens = 0
+        self.started = time.perf_counter()
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def read(self) -> dict[str, float]:
+        names = sorted(self.sums)
+        packed = [self.sums[n].cpu() for n in names] + [
+            torch.tensor(float(self.counts[n])) for n in names
+        ]
+        packed = torch.stack([x.double() for x in (*packed, torch.tensor(float(self.tokens)))])
+        totals = self.ranks.total(packed).tolist()
+        sums, counts, tokens = totals[: len(names)], totals[len(names) : -1], totals[-1]
+        values = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        values["num_tokens"] = tokens
+        values["tokens_per_second"] = tokens / (time.perf_counter() - self.started)
+        if torch.cuda.is_available():
+            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return values
+
+
+def _shown(values: dict[str, float]) -> list[str]:
+    return [k for name in SHOWN for k in (name, f"eval_{name}") if k in values]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--report_to tensorboard: tensorboard is not installed; pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))

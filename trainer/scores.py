@@ -1,0 +1,131 @@
+"""(model, PackedBatch) -> TokenStats: hidden states by the model, the rest by the fused head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
+
+from .batch import PackedBatch, pack, pad
+from .data import Example, Sequence
+from .errors import UserError
+from .model import head_options
+
+
+class Scorer(nn.Module):
+    """A model that scores packed batches. FSDP wraps it whole, so that the head's weight is
+    gathered, and its gradient reduced, by FSDP's own hooks around `forward`."""
+
+    def __init__(self, model: nn.Module, layout: str = "shared", head_budget: int | None = None):
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        self.head_budget = head_budget
+        self.options = head_options(model)
+
+    def forward(
+        self, batch: PackedBatch, outputs: tuple[str, ...] = ("logp",), token_loss=None, extras=()
+    ):
+        """TokenStats of the scored tokens; with `token_loss`, its loss [M] and the TokenStats."""
+        rows = self.hidden(batch)[batch.score_rows]
+        head = self.model.get_output_embeddings()
+        options = dict(
+            self.options._asdict(),
+            bias=head.bias,
+            outputs=outputs,
+            budget_bytes=self.head_budget,
+        )
+        if token_loss is None:
+            return linear_logp(rows, head.weight, batch.targets, **options)
+        return linear_token_loss(rows, head.weight, batch.targets, token_loss, *extras, **options)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states [T, H] of the packed tokens, whatever the layout."""
+        body = self.model.base_model
+        if self.layout == "padded":
+            rectangle = pad(batch, pad_token_id=0)
+            out = body(
+                input_ids=rectangle.input_ids,
+                attention_mask=rectangle.attention_mask,
+                use_cache=False,
+            )
+            return out.last_hidden_state.flatten(0, 1)[rectangle.rows]
+        out = body(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            use_cache=False,  # with a cache, packed rows would mix
+            cu_seq_lens_q=batch.cu_seqlens,
+            prefix=batch.prefix,
+        )
+        return out.last_hidden_state[0]
+
+
+def _probe_examples(vocab: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int):
+        return torch.randint(vocab, (n,), generator=generator).numpy()
+
+    examples = []
+    for index, (prompt, tails) in enumerate(((5, (4, 7)), (3, (6, 2)))):
+        shared = draw(prompt)
+        sequences = []
+        for tail in tails:
+            tokens = torch.cat([torch.from_numpy(shared), torch.from_numpy(draw(tail))]).numpy()
+            scored = torch.ones(len(tokens), dtype=torch.bool).numpy()
+            scored[0] = False
+            sequences.append(Sequence(tokens, scored))
+        examples.append(Example(index, tuple(sequences)))
+    return examples
+
+
+@torch.no_grad()
+def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> float:
+    """Stops a run whose layout or head would compute something else than the model does.
+
+    Scores a few short sequences packed, and each alone through the model's own logits; then
+    changes one sequence and asks that no other moves. Returns the largest difference in nats.
+    """
+    model = scorer.model
+    vocab = model.get_output_embeddings().weight.shape[0]
+    examples = _probe_examples(vocab)
+    share = scorer.layout == "shared"
+    batch = pack(examples, share).to(device)
+    packed = scorer(batch).logp
+    alone = []
+    for example in examples:
+        for sequence in example.sequences:
+            tokens = torch.from_numpy(sequence.tokens).to(device)
+            logits = _own_logits(scorer, tokens)
+            alone.append(logits[:-1].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1))
+    difference = float((packed - torch.cat(alone)).abs().max())
+    if not difference <= tolerance:
+        raise UserError(
+            f"probe: packed log-probs differ from the model's own by {difference:.2g} nats "
+            f"(allowed {tolerance:.0e}), so its attention or its head is not what the packed path "
+            "computes; pass --layout padded, or report the model"
+        )
+    last = examples[-1].sequences[-1]
+    last.tokens[-1] = (last.tokens[-1] + 1) % vocab
+    changed = scorer(pack(examples, share).to(device)).logp
+    untouched = batch.n_scored - int(last.scored.sum())
+    leak = float((changed - packed)[:untouched].abs().max())
+    if leak != 0:
+        raise UserError(
+            f"probe: changing one packed sequence moved another by {leak:.2g} nats; sequences "
+            "mix. Pass --layout padded"
+        )
+    return difference
+
+
+def _own_logits(scorer: Scorer, tokens: Tensor) -> Tensor:
+    """The model's own logits [L, V] for one sequence, by its public forward."""
+    kwargs = {}
+    if scorer.layout != "padded":
+        kwargs["cu_seq_lens_q"] = torch.tensor(
+            [0, len(tokens)], dtype=torch.int32, device=tokens.device
+        )
+    out = scorer.model(input_ids=tokens[None], use_cache=False, **kwargs)
+    return out.logits[0].float()
