@@ -1,6 +1,9 @@
 // Python sees raw addresses (tensor.data_ptr()) and sizes. Every check sits in the Python wrapper.
 #include <pybind11/pybind11.h>
 
+#include "advantage.h"
+#include "pack.h"
+#include "segments.h"
 #include "token_stats.h"
 
 namespace py = pybind11;
@@ -52,6 +55,35 @@ PYBIND11_MODULE(_C, m) {
                                    at<float>(beta), at<float>(gamma), at(out), n_threads);
       },
       unlocked);
+  m.def(
+      "segment_sum_cpu",
+      [](Address x, Address cu_seqlens, int64_t n, Address sums, bool is_double, int threads) {
+        const auto* bounds = at<const int32_t>(cu_seqlens);
+        if (is_double)
+          prefuse::segment_sum_cpu(at<const double>(x), bounds, n, at<double>(sums), threads);
+        else
+          prefuse::segment_sum_cpu(at<const float>(x), bounds, n, at<float>(sums), threads);
+      },
+      unlocked);
+  m.def(
+      "pack_cpu",
+      [](Address lengths, int64_t items, int64_t capacity, Address bin_of) {
+        return prefuse::pack_cpu(at<const int64_t>(lengths), items, capacity, at<int64_t>(bin_of));
+      },
+      unlocked);
+  py::class_<prefuse::GaeArguments>(m, "GaeArguments")
+      .def(py::init([](Address rewards, Address values, Address mask, Address bootstrap,
+                       Address cu_seqlens, Address advantages, Address returns, int64_t tokens,
+                       int64_t sequences, float gamma, float lam) {
+        return prefuse::GaeArguments{
+            at<const float>(rewards),      at<const float>(values),
+            at<const uint8_t>(mask),       at<const float>(bootstrap),
+            at<const int32_t>(cu_seqlens), at<float>(advantages),
+            at<float>(returns),            tokens,
+            sequences,                     gamma,
+            lam};
+      }));
+  m.def("gae_cpu", &prefuse::gae_cpu, unlocked);
 
 #ifdef PREFUSE_CUDA
   m.attr("has_cuda") = true;
@@ -63,6 +95,10 @@ PYBIND11_MODULE(_C, m) {
                                  Address beta, Address gamma, Address out, Address stream) {
     prefuse::fold_backward_cuda(b, Scalar(dtype), at<float>(shift), at<float>(alpha),
                                 at<float>(beta), at<float>(gamma), at(out), at(stream));
+  });
+  m.def("gae_cuda_scratch", &prefuse::gae_cuda_scratch);
+  m.def("gae_cuda", [](const prefuse::GaeArguments& args, Address scratch, Address stream) {
+    prefuse::gae_cuda(args, at(scratch), at(stream));
   });
 #else
   m.attr("has_cuda") = false;

@@ -1,2 +1,27 @@
 # Addresses are tensor.data_ptr(); the Python wrapper beside each op makes every check.
 has_cuda: bool
+
+def segment_sum_cpu(
+    x: int, cu_seqlens: int, segments: int, sums: int, is_double: bool, threads: int
+) -> None: ...
+def pack_cpu(lengths: int, items: int, capacity: int, bin_of: int) -> int: ...
+
+class GaeArguments:
+    def __init__(
+        self,
+        rewards: int,
+        values: int,
+        mask: int,
+        bootstrap: int,
+        cu_seqlens: int,
+        advantages: int,
+        returns: int,
+        tokens: int,
+        sequences: int,
+        gamma: float,
+        lam: float,
+    ) -> None: ...
+
+def gae_cpu(args: GaeArguments, threads: int) -> None: ...
+def gae_cuda_scratch(tokens: int) -> int: ...
+def gae_cuda(args: GaeArguments, scratch: int, stream: int) -> None: ...

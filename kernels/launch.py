@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -18,8 +19,10 @@ except ImportError:  # a clone that was never built: the reference serves
     _C = None
 
 try:
-    import triton
+    import triton as _triton
     import triton.language as tl
+
+    triton: Any = _triton  # its stubs know neither launches nor constexpr arguments
 except ImportError:
 
     class _NoTriton:

@@ -81,6 +81,7 @@ class TrainConfig:
     logging_steps: int = HfArg(default=10, help="Steps between log lines.")
     eval_strategy: Literal["no", "steps", "epoch"] = HfArg(default="no", help="When to evaluate.")
     eval_steps: int = HfArg(default=500, help="Steps between evaluations.")
+    eval_on_start: bool = HfArg(default=False, help="Evaluate before the first step, too.")
     save_steps: int = HfArg(default=500, help="Steps between checkpoints; 0 for none.")
     save_total_limit: int | None = HfArg(default=None, help="Checkpoints to keep.")
     resume_from_checkpoint: str | None = HfArg(

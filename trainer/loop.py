@@ -40,6 +40,10 @@ def train(
     meter = Meter(ranks)
     scorer.train()
 
+    if config.eval_on_start and not start:
+        report.metrics(0, evaluate(config, method, scorer, held_out, ranks))
+        meter.clear()
+
     with report.progress(config.disable_tqdm) as progress, interruptible() as interrupted:
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
         for step in range(start, schedule.total_steps):
@@ -74,8 +78,8 @@ def train(
                 meter.clear()
             if evaluates(config, done, schedule):
                 values = evaluate(config, method, scorer, held_out, ranks)
-                report.metrics(done, {f"eval_{k}": v for k, v in values.items()})
-                meter.started += values["runtime"]
+                report.metrics(done, values)
+                meter.started += values["eval_runtime"]
             if interrupted() or (config.save_steps and done % config.save_steps == 0):
                 saved = checkpoint.save(
                     Path(config.output_dir),
@@ -185,7 +189,7 @@ def evaluate(
     scorer.train()
     values = meter.read()
     values["runtime"] = values["num_tokens"] / values["tokens_per_second"]
-    return values
+    return {f"eval_{name}": value for name, value in values.items()}
 
 
 @contextmanager

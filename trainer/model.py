@@ -8,20 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
 )
 
-from prefuse.kernels.attention import packed_attention_forward
-
+from .attention import ATTENTION
 from .errors import UserError
-
-ATTENTION = "prefuse"
-AttentionInterface.register(ATTENTION, packed_attention_forward)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 class HeadOptions(NamedTuple):

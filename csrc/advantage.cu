@@ -1,0 +1,253 @@
+// The recursion as a reverse scan of affine maps, in one pass over flat chunks of the packed
+// tokens, whatever the sequences' lengths. Chunks start last to first. Each publishes its own
+// composite map at once, then composes the later chunks' maps, in order, up to the nearest that
+// lets nothing through (a sequence ends in it): so the result is the same bits in every run.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "advantage.h"
+
+namespace prefuse {
+namespace {
+
+constexpr int kLanes = 32, kWarps = 8, kThreads = kWarps * kLanes;
+constexpr int kVector = 4;                  // tokens in one 16-byte access
+constexpr int kTile = kLanes * kVector;     // tokens a warp reads in one access
+constexpr int kTiles = 2;                   // tiles of a warp
+constexpr int kWarpTokens = kTiles * kTile;
+constexpr int kChunk = kWarps * kWarpTokens;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocksPerSm = 4;  // a fifth spills registers
+#else
+constexpr int kBlocksPerSm = 5;
+#endif
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr unsigned long long kUnpublished = ~0ull;  // a NaN slope, which no map has
+
+// carried -> slope * carried + offset.
+struct Affine {
+  float slope, offset;
+};
+
+// `later` first, then `earlier`: time runs backward. Slope 0 lets nothing through, not even NaN.
+__device__ __forceinline__ Affine compose(Affine earlier, Affine later) {
+  if (earlier.slope == 0.0f) return earlier;
+  return {earlier.slope * later.slope, fmaf(earlier.slope, later.offset, earlier.offset)};
+}
+
+__device__ __forceinline__ float apply(Affine map, float carried) {
+  return map.slope == 0.0f ? map.offset : fmaf(map.slope, carried, map.offset);
+}
+
+__device__ __forceinline__ Affine from_lane(Affine map, int lane) {
+  return {__shfl_sync(kAllLanes, map.slope, lane), __shfl_sync(kAllLanes, map.offset, lane)};
+}
+
+// Each lane gets the composite of itself and all later lanes.
+__device__ __forceinline__ Affine scan_warp(Affine map, int lane) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const Affine later = {__shfl_down_sync(kAllLanes, map.slope, step),
+                          __shfl_down_sync(kAllLanes, map.offset, step)};
+    if (lane + step < kLanes) map = compose(map, later);
+  }
+  return map;
+}
+
+__device__ __forceinline__ unsigned long long pack(Affine map) {
+  return static_cast<unsigned long long>(__float_as_uint(map.offset)) << 32 |
+         __float_as_uint(map.slope);
+}
+
+__device__ __forceinline__ Affine unpack(unsigned long long word) {
+  return {__uint_as_float(static_cast<unsigned>(word)),
+          __uint_as_float(static_cast<unsigned>(word >> 32))};
+}
+
+// What is carried into `chunk` from the later ones; all lanes of one warp call it. A map and its
+// ready mark are one 8-byte word, so no fence is needed.
+__device__ float carried_into(int chunk, int chunks, const volatile unsigned long long* published,
+                              int lane) {
+  Affine seen = {1.0f, 0.0f};
+  for (int first = chunk + 1;; first += kLanes) {
+    Affine map = {0.0f, 0.0f};  // beyond the last chunk there is nothing
+    bool ready = first + lane >= chunks;
+    unsigned needed;
+    do {
+      if (!ready) {
+        const unsigned long long word = published[first + lane];
+        ready = word != kUnpublished;
+        if (ready) map = unpack(word);
+      }
+      const unsigned cuts = __ballot_sync(kAllLanes, ready && map.slope == 0.0f);
+      needed = cuts ? cuts ^ (cuts - 1) : kAllLanes;  // the lanes up to the nearest cut
+    } while ((__ballot_sync(kAllLanes, ready) & needed) != needed);
+    seen = compose(seen, from_lane(scan_warp(map, lane), 0));
+    if (seen.slope == 0.0f) return seen.offset;
+  }
+}
+
+// Marks the tokens of this chunk that end a sequence, with what is carried into them.
+__device__ void mark_ends(const GaeArguments& args, int chunk_begin, unsigned* ends, float* tails) {
+  const int sequences = static_cast<int>(args.sequences);
+  int low = 0, high = sequences;  // the first sequence that ends after chunk_begin
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (args.cu_seqlens[middle + 1] > chunk_begin) high = middle;
+    else low = middle + 1;
+  }
+  for (int s = low + static_cast<int>(threadIdx.x); s < sequences; s += kThreads) {
+    const int begin = args.cu_seqlens[s], end = args.cu_seqlens[s + 1];
+    if (end - chunk_begin > kChunk) break;
+    if (begin >= end || end <= chunk_begin) continue;
+    const int last = end - 1 - chunk_begin;
+    tails[last] = args.bootstrap ? args.gamma * args.bootstrap[s] : 0.0f;
+    atomicOr(&ends[last / 32], 1u << (last % 32));
+  }
+}
+
+__device__ __forceinline__ void load(const float* from, int token, int tokens,
+                                     float (&to)[kVector]) {
+  if (token + kVector <= tokens) {
+    const float4 all = *reinterpret_cast<const float4*>(from + token);
+    to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = token + i < tokens ? from[token + i] : 0.0f;
+  }
+}
+
+// The mask bytes of 4 tokens in one register.
+__device__ __forceinline__ unsigned load(const uint8_t* mask, int token, int tokens) {
+  if (token + kVector <= tokens) return *reinterpret_cast<const unsigned*>(mask + token);
+  unsigned bytes = 0;
+#pragma unroll 1  // only the last tokens come here: spare the registers
+  for (int i = 0; token + i < tokens; ++i) bytes |= static_cast<unsigned>(mask[token + i]) << 8 * i;
+  return bytes;
+}
+
+__device__ __forceinline__ void store(float* to, int token, int tokens,
+                                      const float (&from)[kVector]) {
+  if (token + kVector <= tokens) {
+    *reinterpret_cast<float4*>(to + token) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (token + i < tokens) to[token + i] = from[i];
+  }
+}
+
+template <bool kHasValues>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    gae_kernel(GaeArguments args, int chunks, unsigned long long* published, unsigned* ticket) {
+  __shared__ unsigned ends[kChunk / 32];
+  __shared__ float tails[kChunk];
+  __shared__ Affine warp_maps[kWarps];
+  __shared__ float chunk_carried;
+  __shared__ int chunk_index;
+
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+  // Tickets make sure that the chunks this one waits for have already started. The counter was
+  // set to all ones, so the first ticket is 0.
+  if (thread == 0) chunk_index = chunks - 1 - static_cast<int>(atomicAdd(ticket, 1u) + 1u);
+  if (thread < kChunk / 32) ends[thread] = 0;
+  __syncthreads();
+  const int chunk = chunk_index, chunk_begin = chunk * kChunk;
+  const int tokens = static_cast<int>(args.tokens) - chunk_begin;  // from here to the last
+
+  float reward[kTiles][kVector], value[kTiles][kVector] = {};
+  unsigned mask[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+    load(args.rewards + chunk_begin, local, tokens, reward[tile]);
+    if (kHasValues) load(args.values + chunk_begin, local, tokens, value[tile]);
+    mask[tile] = args.mask ? load(args.mask + chunk_begin, local, tokens) : 0x01010101u;
+  }
+  mark_ends(args, chunk_begin, ends, tails);
+  __syncthreads();
+
+  // Composite maps: of this lane's tokens, of the later lanes in the tile, of tile, warp, chunk.
+  const float decay = args.gamma * args.lam, keep = args.gamma - decay;
+  Affine later_lanes[kTiles], tile_map[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+    const unsigned ended = ends[local / 32] >> (local % 32);
+    Affine map = {1.0f, 0.0f};
+#pragma unroll
+    for (int i = kVector - 1; i >= 0; --i) {
+      if (ended >> i & 1u) map = {0.0f, tails[local + i]};
+      const float r = reward[tile][i];
+      const bool acts = mask[tile] >> 8 * i & 0xffu;
+      const float offset = acts ? fmaf(decay, r, keep * value[tile][i]) : r;
+      map = compose({acts ? decay : 1.0f, offset}, map);
+    }
+    map = scan_warp(map, lane);
+    tile_map[tile] = from_lane(map, 0);
+    const Affine next_lane = from_lane(map, (lane + 1) % kLanes);
+    later_lanes[tile] = lane == kLanes - 1 ? Affine{1.0f, 0.0f} : next_lane;
+  }
+  Affine warp_map = tile_map[0];
+#pragma unroll
+  for (int tile = 1; tile < kTiles; ++tile) warp_map = compose(warp_map, tile_map[tile]);
+  if (lane == 0) warp_maps[warp] = warp_map;
+  __syncthreads();
+  Affine later_warps = {1.0f, 0.0f};
+  for (int other = warp + 1; other < kWarps; ++other)
+    later_warps = compose(later_warps, warp_maps[other]);
+
+  if (warp == 0) {
+    if (lane == 0) atomicExch(&published[chunk], pack(compose(warp_map, later_warps)));
+    const float carried = carried_into(chunk, chunks, published, lane);
+    if (lane == 0) chunk_carried = carried;
+  }
+  __syncthreads();
+
+  float carried = apply(later_warps, chunk_carried);
+#pragma unroll
+  for (int tile = kTiles - 1; tile >= 0; --tile) {
+    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+    const unsigned ended = ends[local / 32] >> (local % 32);
+    float inside = apply(later_lanes[tile], carried), advantage[kVector], total[kVector];
+#pragma unroll
+    for (int i = kVector - 1; i >= 0; --i) {
+      if (ended >> i & 1u) inside = tails[local + i];
+      const float sum = reward[tile][i] + inside;
+      const bool acts = mask[tile] >> 8 * i & 0xffu;
+      inside = acts ? fmaf(decay, sum, keep * value[tile][i]) : sum;
+      total[i] = acts ? sum : 0.0f;
+      advantage[i] = acts ? sum - value[tile][i] : 0.0f;
+    }
+    store(args.returns + chunk_begin, local, tokens, total);
+    if (kHasValues) store(args.advantages + chunk_begin, local, tokens, advantage);
+    carried = apply(tile_map[tile], carried);
+  }
+}
+
+int64_t count_chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("gae_cuda: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+int64_t gae_cuda_scratch(int64_t tokens) { return count_chunks(tokens) + 1; }
+
+void gae_cuda(const GaeArguments& args, void* scratch, void* stream) {
+  const int64_t chunks = count_chunks(args.tokens);
+  const auto on = static_cast<cudaStream_t>(stream);
+  auto* published = static_cast<unsigned long long*>(scratch);
+  auto* ticket = reinterpret_cast<unsigned*>(published + chunks);
+  check(cudaMemsetAsync(scratch, 0xff, gae_cuda_scratch(args.tokens) * 8, on));
+  const auto kernel = args.values ? gae_kernel<true> : gae_kernel<false>;
+  kernel<<<static_cast<unsigned>(chunks), kThreads, 0, on>>>(args, static_cast<int>(chunks),
+                                                              published, ticket);
+  check(cudaGetLastError());
+}
+
+}  // namespace prefuse

@@ -1,0 +1,160 @@
+"""Reductions over the segments of a packed tensor.
+
+Segment s of x [M] is x[cu_seqlens[s] : cu_seqlens[s + 1]]; cu_seqlens [S+1] is int32, starts at
+0 and ends at M. Sums accumulate in float32 or better, in a fixed order: the same bits every run.
+
+    forward    sum_s = sum of x over segment s, 0 if it is empty
+    backward   dx_i = dsum_s for every i in segment s
+    bytes      forward 4 M + 8 S, backward 4 M + 8 S (float32)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .launch import _C, choose_impl, device_guard, expect, tl, triton
+
+
+def reference(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    sums = torch.zeros(len(cu_seqlens) - 1, dtype=x.dtype, device=x.device)
+    return sums.index_add(0, segment_ids(cu_seqlens, len(x)), x)
+
+
+@triton.jit
+def _segment_sum_kernel(x, cu_seqlens, sums, BLOCK: tl.constexpr):
+    segment = tl.program_id(0)
+    begin = tl.load(cu_seqlens + segment)
+    end = tl.load(cu_seqlens + segment + 1)
+    lanes = tl.zeros([BLOCK], x.dtype.element_ty)
+    for first in range(begin, end, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        lanes += tl.load(x + item, mask=item < end, other=0.0)
+    tl.store(sums + segment, tl.sum(lanes, 0))
+
+
+def _launch_cpu(x: torch.Tensor, cu_seqlens: torch.Tensor, sums: torch.Tensor) -> None:
+    _C.segment_sum_cpu(
+        x.data_ptr(),
+        cu_seqlens.data_ptr(),
+        len(sums),
+        sums.data_ptr(),
+        x.dtype == torch.float64,
+        torch.get_num_threads(),
+    )
+
+
+def _launch_triton(x: torch.Tensor, cu_seqlens: torch.Tensor, sums: torch.Tensor) -> None:
+    with device_guard(x):
+        _segment_sum_kernel[(len(sums),)](x, cu_seqlens, sums, BLOCK=1024)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, impl):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.items = len(x)
+        sums = x.new_empty(len(cu_seqlens) - 1)
+        if len(sums):
+            (_launch_cpu if impl == "cpu" else _launch_triton)(x, cu_seqlens, sums)
+        return sums
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (cu_seqlens,) = ctx.saved_tensors
+        lengths = cu_seqlens.diff()
+        return torch.repeat_interleave(grads[0], lengths, output_size=ctx.items), None, None
+
+
+def segment_sum(x: torch.Tensor, cu_seqlens: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Sums of x [M] over each segment, [S]; differentiable; an empty segment gives 0.
+
+    The result is float64 for float64 x, else float32. impl: "cpu" (C++), "triton", "reference".
+    """
+    x = _check(x, cu_seqlens)
+    impl = choose_impl(impl, x.device, ("cpu", "triton"))
+    if impl == "reference":
+        return reference(x, cu_seqlens)
+    return _SegmentSum.apply(x.contiguous(), cu_seqlens.contiguous(), impl)
+
+
+def segment_mean(x: torch.Tensor, cu_seqlens: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Means of x [M] over each segment, [S]; differentiable; an empty segment gives 0."""
+    return segment_sum(x, cu_seqlens, impl=impl) / cu_seqlens.diff().clamp(min=1)
+
+
+def segment_max(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Maxima of x [M] over each segment, [S]; an empty segment gives 0.
+
+    Differentiable; items that tie for the maximum share its gradient.
+    """
+    x = _check(x, cu_seqlens)
+    zeros = x.new_zeros(len(cu_seqlens) - 1)
+    ids = segment_ids(cu_seqlens, len(x))
+    return zeros.scatter_reduce(0, ids, x, "amax", include_self=False)
+
+
+def segment_logsumexp(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, *, impl: str = "auto"
+) -> torch.Tensor:
+    """log sum exp of x [M] over each segment, [S]; differentiable; an empty segment gives 0."""
+    x = _check(x, cu_seqlens)
+    peak = segment_max(x.detach(), cu_seqlens)
+    peak = torch.where(peak.isfinite(), peak, 0.0)  # all -inf: -inf - -inf would be NaN
+    total = segment_sum((x - peak[segment_ids(cu_seqlens, len(x))]).exp(), cu_seqlens, impl=impl)
+    return torch.where(cu_seqlens.diff() > 0, total, 1.0).log() + peak
+
+
+def segment_ids(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """The segment of each of `total` items, [total] int64; does not wait for the GPU."""
+    segments = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(segments, cu_seqlens.diff(), output_size=total)
+
+
+def check_boundaries(
+    name: str, boundaries: torch.Tensor, total: int, device: torch.device, *, wait: bool = False
+) -> None:
+    """Raises unless `boundaries` are int32 offsets on `device` that rise from 0 to `total`.
+
+    The values are read on a CPU only, or with `wait`: on a GPU that means waiting for it.
+    """
+    expect(
+        boundaries.dtype == torch.int32 and boundaries.dim() == 1 and len(boundaries) > 0,
+        name,
+        "a 1-D int32 tensor of segment boundaries",
+        f"{boundaries.dtype} of shape {tuple(boundaries.shape)}",
+        f"Pass `{name}.to(torch.int32)`, one more entry than segments",
+    )
+    expect(boundaries.device == device, name, f"a tensor on {device}", boundaries.device)
+    if boundaries.device.type == "cpu" or wait:
+        offsets = boundaries.tolist()
+        rises = offsets == sorted(offsets)
+        expect(
+            rises and offsets[0] == 0 and offsets[-1] == total,
+            name,
+            f"boundaries that rise from 0 to the number of tokens, {total}",
+            f"{offsets[0]} to {offsets[-1]}" + ("" if rises else ", falling in between"),
+            "Segments are packed end to end: cumsum of their lengths, with a leading 0",
+        )
+
+
+def _check(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """x as float64 or float32, after every check."""
+    expect(
+        x.dim() == 1 and x.is_floating_point(),
+        "x",
+        "a 1-D floating-point tensor",
+        f"{x.dtype} of shape {tuple(x.shape)}",
+        "Pack the segments end to end",
+    )
+    check_boundaries("cu_seqlens", cu_seqlens, len(x), x.device)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+AOT = [
+    (
+        _segment_sum_kernel,
+        {"x": "*fp32", "cu_seqlens": "*i32", "sums": "*fp32", "BLOCK": "constexpr"},
+        {"BLOCK": 1024},
+        4,
+    )
+]

@@ -1,0 +1,313 @@
+"""GAE and discounted returns, every impl, against hand-worked values and a sum over all later
+actions in float64."""
+
+import pytest
+import torch
+
+from prefuse.kernels.advantage import discounted_returns, gae
+from prefuse.kernels.launch import choose_impl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _runs(impl):
+    try:
+        return bool(choose_impl(impl, torch.device(DEVICE), ("cuda", "triton", "cpu")))
+    except ValueError:
+        return False
+
+
+FAST = [impl for impl in ("cuda", "triton", "cpu") if _runs(impl)]
+IMPLS = ["reference", *FAST]
+# Around the lanes, warps, chunks and blocks of the scans: 4, 128, 256, 1024, 2048 tokens.
+RAGGED = [1, 3, 0, 4, 127, 0, 129, 1023, 5, 1025, 2300, 2]
+
+
+def boundaries(lengths, device="cpu"):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+def ragged_batch(lengths=RAGGED, device=DEVICE, observed=0.4):
+    """Packed float64 rewards, values, mask and bootstrap; rewards at observations too."""
+    total = sum(lengths)
+    return dict(
+        rewards=torch.randn(total, dtype=torch.float64, device=device),
+        values=torch.randn(total, dtype=torch.float64, device=device),
+        mask=torch.rand(total, device=device) >= observed,
+        bootstrap=torch.randn(len(lengths), dtype=torch.float64, device=device),
+        cu_seqlens=boundaries(lengths, device),
+    )
+
+
+def random_steps(lengths, longest=7):
+    """Boundaries of steps of 1 to `longest` tokens that tile every sequence."""
+    cuts = [0]
+    for end in boundaries(lengths)[1:].tolist():
+        while cuts[-1] < end:
+            cuts.append(min(end, cuts[-1] + int(torch.randint(1, longest + 1, ()))))
+    return torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
+
+
+def by_definition(rewards, values, cu_seqlens, gamma, lam, mask, bootstrap, steps):
+    """A_k = sum over l of (gamma lam)^l delta_{k+l}, each sum written out. Float64 lists."""
+    rewards, values = rewards.tolist(), values.tolist()
+    advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
+    cuts, ends = steps.tolist(), cu_seqlens.tolist()
+    for s, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        groups = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            group = [t for t in range(first, last) if mask[t]]
+            if begin <= first < end and group:
+                groups.append(group)
+        starts = [group[0] for group in groups] + [end]
+        value = [values[group[0]] for group in groups] + [float(bootstrap[s])]
+        delta = [
+            sum(rewards[starts[k] : starts[k + 1]]) + gamma * value[k + 1] - value[k]
+            for k in range(len(groups))
+        ]
+        for k, group in enumerate(groups):
+            advantage = sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, len(groups)))
+            for t in group:
+                advantages[t], returns[t] = advantage, advantage + value[k]
+    return torch.tensor([advantages, returns], dtype=torch.float64, device=DEVICE)
+
+
+def assert_close(got, wanted, impl):
+    got, wanted = torch.stack(tuple(got)), torch.stack(tuple(wanted))
+    assert got.dtype == (torch.float64 if impl == "reference" else torch.float32)
+    tolerance = 1e-11 if impl == "reference" else 2e-6
+    scale = wanted.abs().max()
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * max(1.0, scale))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_hand_worked(impl):
+    # delta = (1 + .5*2 - 1, 0 + .5*4 - 2, 3 + .5*6 - 4) = (1, 0, 2), gamma lam = 1/4;
+    # the second sequence terminates: A = -1 - 5.
+    rewards = torch.tensor([1.0, 0.0, 3.0, -1.0], dtype=torch.float64, device=DEVICE)
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0], dtype=torch.float64, device=DEVICE)
+    got = gae(
+        rewards,
+        values,
+        boundaries([3, 1], DEVICE),
+        gamma=0.5,
+        lam=0.5,
+        bootstrap=torch.tensor([6.0, 0.0], device=DEVICE),
+        impl=impl,
+    )
+    assert got[0].tolist() == [1.125, 0.5, 2.0, -6.0]
+    assert got[1].tolist() == [2.125, 2.5, 6.0, -1.0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_hand_worked_observations_and_steps(impl):
+    # Tokens 0 to 5: act, act, observe, act, observe, act; steps (0,1), (2,3), (4), (5).
+    # Actions: (0,1) earns 1+2+4 (the observation's reward too), (3) earns 8+16, (5) earns 32.
+    rewards = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.float64, device=DEVICE)
+    values = torch.tensor([1.0, 9.0, 9.0, 2.0, 9.0, 4.0], dtype=torch.float64, device=DEVICE)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool, device=DEVICE)
+    steps = torch.tensor([0, 2, 4, 5, 6], dtype=torch.int32, device=DEVICE)
+    got = gae(
+        rewards,
+        values,
+        boundaries([6], DEVICE),
+        gamma=0.5,
+        lam=1.0,
+        mask=mask,
+        steps=steps,
+        impl=impl,
+    )
+    # G = 7 + (24 + 32/2)/2, 24 + 32/2, 32.
+    assert got[1].tolist() == [27.0, 27.0, 0.0, 40.0, 0.0, 32.0]
+    assert got[0].tolist() == [26.0, 26.0, 0.0, 38.0, 0.0, 28.0]
+
+
+@pytest.mark.parametrize(
+    "gamma, lam", [(1.0, 0.95), (0.99, 1.0), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)]
+)
+@pytest.mark.parametrize("with_steps", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equals_the_definition(impl, with_steps, gamma, lam):
+    lengths = [5, 0, 1, 60, 33, 2]
+    batch = ragged_batch(lengths)
+    tokens = torch.arange(sum(lengths) + 1, dtype=torch.int32, device=DEVICE)
+    steps = random_steps(lengths) if with_steps else tokens
+    wanted = by_definition(**batch, gamma=gamma, lam=lam, steps=steps)
+    got = gae(**batch, gamma=gamma, lam=lam, steps=steps if with_steps else None, impl=impl)
+    assert_close(got, wanted, impl)
+
+
+@pytest.mark.parametrize(
+    "optional, lam",
+    [("all", 1.0), ("all", 0.95), ("mask", 1.0), ("bootstrap", 1.0), ("steps", 1.0), ("none", 1.0)],
+)
+@pytest.mark.parametrize("impl", FAST)
+def test_ragged_batches_equal_the_reference(impl, optional, lam):
+    batch = ragged_batch()
+    steps = random_steps(RAGGED) if optional in ("all", "steps") else None
+    for name in ("mask", "bootstrap"):
+        if optional not in ("all", name):
+            del batch[name]
+    wanted = gae(**batch, lam=lam, steps=steps, impl="reference")
+    got = gae(**batch, lam=lam, steps=steps, impl=impl)
+    assert_close(got, wanted, impl)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_many_tiny_sequences(impl):
+    batch = ragged_batch([1, 0, 2] * (4 if impl == "triton" and DEVICE == "cpu" else 2000))
+    wanted = gae(**batch, gamma=0.9, impl="reference")
+    assert_close(gae(**batch, gamma=0.9, impl=impl), wanted, impl)
+
+
+@pytest.mark.parametrize("impl", [i for i in FAST if DEVICE == "cuda" or i == "cpu"])
+def test_the_same_bits_in_every_run(impl):
+    batch, threads = ragged_batch(), torch.get_num_threads()
+    first = torch.stack(gae(**batch, lam=1.0, impl=impl))
+    try:
+        for count in range(1, 6):
+            torch.set_num_threads(count)
+            assert torch.equal(first, torch.stack(gae(**batch, lam=1.0, impl=impl)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_views_at_odd_addresses(impl):
+    batch = ragged_batch([40, 29])
+    wanted = gae(**batch, impl="reference")
+    for name in ("rewards", "values", "mask", "bootstrap", "cu_seqlens"):
+        x = batch[name].to(torch.float32) if name in ("rewards", "values") else batch[name]
+        batch[name] = torch.cat([x[:1], x])[1:]
+    got = gae(**batch, impl=impl)
+    torch.testing.assert_close(got, tuple(x.float() for x in wanted))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_another_sequence_changes_nothing(impl):
+    batch = ragged_batch([70, 31])
+    alone = torch.stack(gae(**batch, impl=impl))
+    spoiled = torch.full((50,), float("nan"), dtype=torch.float64, device=DEVICE)
+    for before, after in ((0, 50), (50, 0)):
+        head, tail = spoiled[:before], spoiled[:after]
+        more = dict(
+            rewards=torch.cat([head, batch["rewards"], tail]),
+            values=torch.cat([head, batch["values"], tail]),
+            mask=torch.cat([head.isnan(), batch["mask"], tail.isnan()]),
+            bootstrap=torch.cat([head[:1], batch["bootstrap"], tail[:1]]),
+            cu_seqlens=boundaries([n for n in (before, 70, 31, after) if n], DEVICE),
+        )
+        together = torch.stack(gae(**more, impl=impl))
+        torch.testing.assert_close(together[:, before : before + 101], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_observations_take_no_time(impl):
+    """Observations put in anywhere leave the actions' advantages; their values are not read."""
+    batch = ragged_batch([40, 9], observed=0.0)
+    bare = gae(**batch, gamma=0.9, impl=impl)
+    acts = torch.ones(49, dtype=torch.bool, device=DEVICE)
+    acts = torch.stack([acts, ~acts, ~acts], 1).flatten()  # two observations after each action
+    padded = dict(mask=acts, bootstrap=batch["bootstrap"], cu_seqlens=3 * batch["cu_seqlens"])
+    for name, filler in (("rewards", 0.0), ("values", float("nan"))):
+        padded[name] = torch.full((147,), filler, dtype=torch.float64, device=DEVICE)
+        padded[name][acts] = batch[name]
+    for got, wanted in zip(gae(**padded, gamma=0.9, impl=impl), bare, strict=True):
+        torch.testing.assert_close(got[acts], wanted, rtol=1e-6, atol=1e-6)
+        assert not got[~acts].any()
+    # A reward at an observation is the preceding action's, as if it stood there.
+    for _ in range(2):
+        padded["rewards"] = padded["rewards"].roll(1)
+        later = gae(**padded, gamma=0.9, impl=impl)
+        torch.testing.assert_close(torch.stack(later)[:, acts], torch.stack(bare))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_reward_before_the_first_action_reaches_none(impl):
+    batch = ragged_batch([20, 20])
+    batch["mask"][[0, 1, 20]] = False
+    wanted = torch.stack(gae(**batch, impl=impl))
+    batch["rewards"][[0, 20]] += 100.0
+    assert torch.equal(torch.stack(gae(**batch, impl=impl)), wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_steps_of_one_token_are_token_gae(impl):
+    batch = ragged_batch([50, 0, 13])
+    steps = torch.arange(64, dtype=torch.int32, device=DEVICE)
+    plain, stepped = gae(**batch, impl=impl), gae(**batch, steps=steps, impl=impl)
+    assert torch.equal(torch.stack(plain), torch.stack(stepped))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lambda_one_is_returns_minus_values(impl):
+    batch = ragged_batch([60, 0, 41])
+    advantages, returns = gae(**batch, gamma=0.9, lam=1.0, impl=impl)
+    values, mask = batch.pop("values"), batch["mask"]
+    wanted = discounted_returns(**batch, gamma=0.9, impl=impl)
+    torch.testing.assert_close(returns, wanted, rtol=1e-6, atol=1e-6)
+    baseline = wanted - values.to(wanted.dtype).where(mask, 0.0)
+    torch.testing.assert_close(advantages, baseline, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_discounted_returns_by_hand(impl):
+    rewards = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64, device=DEVICE)
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    got = discounted_returns(
+        rewards,
+        boundaries([3, 1], DEVICE),
+        gamma=0.5,
+        mask=mask,
+        bootstrap=torch.tensor([2.0, 0.0], device=DEVICE),
+        impl=impl,
+    )
+    assert got.tolist() == [1 + 2 + 0.5 * 5, 0.0, 5.0, 8.0]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl, lengths):
+    empty = torch.zeros(0, device=DEVICE)
+    advantages, returns = gae(empty, empty, boundaries(lengths, DEVICE), impl=impl)
+    assert advantages.shape == returns.shape == (0,)
+    assert discounted_returns(empty, boundaries(lengths, DEVICE), impl=impl).shape == (0,)
+
+
+def test_low_precision_in_and_no_gradient_out():
+    rewards = torch.randn(9, device=DEVICE).bfloat16()
+    values = torch.randn(9, device=DEVICE).bfloat16().requires_grad_()
+    got = gae(rewards, values, boundaries([9], DEVICE))
+    wanted = gae(rewards.double(), values.double(), boundaries([9], DEVICE), impl="reference")
+    for mine, exact in zip(got, wanted, strict=True):
+        assert mine.dtype == torch.float32 and not mine.requires_grad
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(values=torch.zeros(5)), r"values: wanted shape \(6,\); got \(5,\)"),
+        (dict(rewards=torch.zeros(6).long()), "rewards: wanted a 1-D floating-point tensor"),
+        (dict(mask=torch.ones(6)), "mask: wanted bool; got torch.float32"),
+        (dict(bootstrap=torch.zeros(6)), r"bootstrap: wanted shape \(2,\)"),
+        (dict(gamma=1.5), r"gamma: wanted a number in \[0, 1\]; got 1.5"),
+        (dict(lam=float("nan")), "lam: wanted a number"),
+        (dict(cu_seqlens=torch.tensor([0, 2, 6])), "cu_seqlens: wanted a 1-D int32 tensor"),
+        (dict(steps=[0, 1, 3, 6]), "steps: .* crosses the sequence boundary at token 2"),
+        (dict(steps=[0, 2, 5]), "steps: wanted boundaries that rise from 0 .* 6; got 0 to 5"),
+        (dict(steps=[0, 4, 2, 6]), "steps: .* falling in between"),
+        (dict(steps=[1, 2, 6]), "steps: .* got 1 to 6"),
+        (dict(impl="fast"), "impl: wanted one of auto, reference, cuda, triton, cpu; got 'fast'"),
+    ],
+)
+def test_errors_say_what_was_wanted(change, message):
+    good = dict(rewards=torch.zeros(6), values=torch.zeros(6), cu_seqlens=boundaries([2, 4]))
+    if isinstance(change.get("steps"), list):
+        change = dict(steps=torch.tensor(change["steps"], dtype=torch.int32))
+    inputs = {
+        name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+        for name, x in (good | change).items()
+    }
+    with pytest.raises(ValueError, match=message):
+        gae(**inputs)
