@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
+_C: Any
 try:
     from . import _C
 except ImportError:  # a clone that was never built: the reference serves
     _C = None
 
+triton: Any  # its stubs know neither launches nor constexpr arguments
+tl: Any
 try:
-    import triton as _triton
+    import triton
     import triton.language as tl
-
-    triton: Any = _triton  # its stubs know neither launches nor constexpr arguments
 except ImportError:
 
     class _NoTriton:
@@ -101,7 +102,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def expect(condition: bool, tensor: str, wanted: str, got: object, remedy: str = "") -> None:
+def expect(condition: bool, tensor: str, wanted: object, got: object, remedy: str = "") -> None:
     """Raises the house's ValueError about a tensor: what was wanted, what came, the remedy."""
     if not condition:
         raise ValueError(

@@ -31,6 +31,7 @@ from . import logp as logits_op
 from .launch import choose_impl, expect
 from .tiled_head import (
     Head,
+    Options,
     Rows,
     anchor_logits,
     for_device,
@@ -102,8 +103,10 @@ def plan(
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, inverse_temperature, head, outputs, stash_rows):
-        head = head._replace(weight=weight, bias=bias)
+    def forward(
+        ctx, hidden, weight, bias, targets, inverse_temperature, options, outputs, stash_rows
+    ):
+        head = Head(weight, bias, options)
         with torch.autocast(hidden.device.type, enabled=False):
             everything = _rows(head, hidden, targets, inverse_temperature)
             sums, kept = [], []
@@ -119,7 +122,7 @@ class _LinearLogp(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, targets, inverse_temperature, everything.anchor, sums
         )
-        ctx.head, ctx.kept, ctx.stash_rows = head._replace(weight=None, bias=None), kept, stash_rows
+        ctx.options, ctx.kept, ctx.stash_rows = options, kept, stash_rows
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in stats[3:] if x is not None))
         return tuple(stats)
@@ -127,8 +130,8 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy, grad_lse, *_):
         hidden, weight, bias, targets, inverse_temperature, anchor, sums = ctx.saved_tensors
-        head = ctx.head._replace(weight=weight, bias=bias)
-        everything = Rows(hidden.to(head.dtype), targets, anchor, inverse_temperature, None)
+        head = Head(weight, bias, ctx.options)
+        everything = Rows(hidden.to(head.options.dtype), targets, anchor, inverse_temperature, None)
         c = coefficients(sums, grad_logp, grad_entropy, grad_lse)
         live = _live(grad_logp, grad_entropy, grad_lse)
         runs, indices = [], []
@@ -157,17 +160,17 @@ class _LinearLogp(torch.autograd.Function):
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, targets, inverse_temperature, head, outputs, token_loss,
+        ctx, hidden, weight, bias, targets, inverse_temperature, options, outputs, token_loss,
         run_rows, *extras,
     ):  # fmt: skip
-        head = head._replace(weight=weight, bias=bias)
+        head = Head(weight, bias, options)
         needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
         needs = needs if run_rows else [False] * 3
         d_hidden = torch.zeros_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
         losses, all_stats = [], []
-        stashes = head.softcap is None or "entropy" not in outputs
+        stashes = options.softcap is None or "entropy" not in outputs
         with torch.autocast(hidden.device.type, enabled=False):
             everything = _rows(head, hidden, targets, inverse_temperature)
             for run in run_slices(len(targets), 0, run_rows):
@@ -186,16 +189,14 @@ class _LinearTokenLoss(torch.autograd.Function):
                 run_hidden = torch.zeros_like(rows.hidden, dtype=torch.float32)
                 head_backward(
                     head, [(rows, c)], grads[1] is None and grads[2] is None,
-                    [run_hidden] if needs[0] else None, d_weight, d_bias, accumulate=True,
+                    None if d_hidden is None else [run_hidden], d_weight, d_bias, accumulate=True,
                 )  # fmt: skip
-                if needs[0]:
+                if d_hidden is not None:
                     d_hidden[alive + run.start] = run_hidden.to(hidden.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        stats = TokenStats(
-            *(None if x[0] is None else torch.cat(x) for x in zip(*all_stats, strict=True))
-        )
+        stats = [None if x[0] is None else torch.cat(x) for x in zip(*all_stats, strict=True)]
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
         return torch.cat(losses), *stats
 
@@ -221,12 +222,12 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 
 def _rows(head: Head, hidden: Tensor, targets: Tensor, inverse_temperature: Tensor) -> Rows:
-    x = hidden.to(head.dtype)
+    x = hidden.to(head.options.dtype)
     return Rows(x, targets, anchor_logits(head, x, targets), inverse_temperature, None)
 
 
 def _new_stash(head: Head, hidden: Tensor, n: int) -> Tensor:
-    dtype = torch.float32 if hidden.dtype == head.dtype == torch.float32 else torch.bfloat16
+    dtype = torch.float32 if hidden.dtype == head.options.dtype == torch.float32 else torch.bfloat16
     return torch.empty((n, len(head.weight)), dtype=dtype, device=hidden.device)
 
 
@@ -246,20 +247,18 @@ def _compact(rows: Rows, c: Coefficients, live: Tensor) -> tuple[Rows, Coefficie
 def _loss_and_gradients(token_loss, stats: TokenStats, extras):
     """The loss per token and its gradient in logp, entropy and lse (None where it has none)."""
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in stats[:3]]
-        loss = token_loss(TokenStats(*leaves, *stats[3:]), *extras)
+        logp = stats.logp.detach().requires_grad_()
+        others = [None if x is None else x.detach().requires_grad_() for x in stats[1:3]]
+        loss = token_loss(TokenStats(logp, *others, *stats[3:]), *extras)
         shape = stats.logp.shape
         expect(loss.shape == shape, "token_loss", f"a loss of shape {tuple(shape)}", loss.shape)
-        present = [x for x in leaves if x is not None]
-        found = iter(
-            torch.autograd.grad(loss.sum(), present, allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(present)
-        )
-    grads = [None if x is None else next(found) for x in leaves]
-    if all(g is None for g in grads):
-        grads[0] = torch.zeros_like(stats.logp)
-    return loss.detach(), grads
+        present = [logp, *(x for x in others if x is not None)]
+        if not loss.requires_grad:
+            return loss.detach(), (torch.zeros_like(logp), None, None)
+        found = iter(torch.autograd.grad(loss.sum(), present, allow_unused=True))
+    grad_logp = next(found)
+    rest = (None if x is None else next(found) for x in others)
+    return loss.detach(), (torch.zeros_like(logp) if grad_logp is None else grad_logp, *rest)
 
 
 def linear_logp(
@@ -304,8 +303,8 @@ def linear_logp(
     inverse_temperature = logits_op.check_common(
         targets, temperature, outputs, hidden, weight.shape[0]
     )
-    head = _make_head(hidden, logit_scale, softcap, impl)
-    if head.impl == "reference":
+    options = _options(hidden, logit_scale, softcap, impl)
+    if options.impl == "reference":
         return reference(
             hidden,
             weight,
@@ -325,11 +324,11 @@ def linear_logp(
     if _needs_gradient(hidden, weight, bias):
         n, vocab = hidden.shape[0], weight.shape[0]
         stash_rows = plan(
-            n, vocab, head.dtype, mode=mode, budget_bytes=budget_bytes, device=hidden.device
+            n, vocab, options.dtype, mode=mode, budget_bytes=budget_bytes, device=hidden.device
         ).stash_rows
     return TokenStats(
         *_LinearLogp.apply(
-            hidden, weight, bias, targets, inverse_temperature, head, tuple(outputs), stash_rows
+            hidden, weight, bias, targets, inverse_temperature, options, tuple(outputs), stash_rows
         )
     )
 
@@ -374,19 +373,26 @@ def linear_token_loss(
     for index, extra in enumerate(extras):
         expect(len(extra) == len(targets), f"extras[{index}]", f"{len(targets)} rows", len(extra))
         expect(not extra.requires_grad, f"extras[{index}]", "no gradient", "requires_grad=True")
-    head = _make_head(hidden, logit_scale, softcap, impl)
-    if head.impl == "reference":
-        options = dict(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-        stats = reference(hidden, weight, targets, bias, outputs=outputs, **options)
-        loss = token_loss(stats, *extras)
-        return loss, TokenStats(*(None if x is None else x.detach() for x in stats))
+    options = _options(hidden, logit_scale, softcap, impl)
+    if options.impl == "reference":
+        stats = reference(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+        )
+        return token_loss(stats, *extras), stats.detach()
     run_rows = 0
     if _needs_gradient(hidden, weight, bias):
-        mode = plan(1, weight.shape[0], head.dtype, mode="stash")
+        mode = plan(1, weight.shape[0], options.dtype, mode="stash")
         budget = budget_bytes or for_device(DEFAULT_BUDGET, hidden.device)
         run_rows = max(1, budget // mode.stash_bytes)
     loss, *stats = _LinearTokenLoss.apply(
-        hidden, weight, bias, targets, inverse_temperature, head, tuple(outputs), token_loss,
+        hidden, weight, bias, targets, inverse_temperature, options, tuple(outputs), token_loss,
         run_rows, *extras,
     )  # fmt: skip
     return loss, TokenStats(*stats)
@@ -406,8 +412,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         expect(bias.shape == weight.shape[:1], "bias", f"[{len(weight)}]", tuple(bias.shape))
 
 
-def _make_head(hidden: Tensor, logit_scale: float, softcap: float | None, impl: str) -> Head:
-    """The head's options; its weight and bias are filled in inside the autograd function."""
+def _options(hidden: Tensor, logit_scale: float, softcap: float | None, impl: str) -> Options:
     if hidden.dtype == torch.float64 and impl == "auto":
         impl = "reference"
     impl = choose_impl(impl, hidden.device, ("triton", "cpu", "torch"))
@@ -418,4 +423,4 @@ def _make_head(hidden: Tensor, logit_scale: float, softcap: float | None, impl: 
         dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         )
-    return Head(None, None, logit_scale, softcap, impl, dtype)
+    return Options(logit_scale, softcap, impl, dtype)

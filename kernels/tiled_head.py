@@ -20,15 +20,19 @@ BACKWARD_TILE = {"cpu": 64 << 20, "cuda": 512 << 20}  # larger: d hidden is summ
 MAX_ROWS = 16384
 
 
-class Head(NamedTuple):
-    """The projection and everything else that makes final logits of hidden states."""
+class Options(NamedTuple):
+    """What makes final logits of the projection, and how it is run."""
 
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
     impl: str
     dtype: torch.dtype  # of the GEMM operands
+
+
+class Head(NamedTuple):
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    options: Options
 
 
 class Rows(NamedTuple):
@@ -41,7 +45,9 @@ class Rows(NamedTuple):
     kept: Tensor | None
 
     def select(self, rows) -> Rows:
-        return Rows(*(None if x is None else x[rows] for x in self))
+        kept = None if self.kept is None else self.kept[rows]
+        hidden, targets, anchor, inverse_temperature = (x[rows] for x in self[:4])
+        return Rows(hidden, targets, anchor, inverse_temperature, kept)
 
 
 def for_device(table: dict[str, int], device: torch.device) -> int:
@@ -68,7 +74,7 @@ def _tile_width(rows: int, tile_bytes: int) -> int:
 
 def _block(head: Head, rows: Rows, columns: slice, out: Tensor | None = None) -> Logits:
     """GEMM 1 for a tile of the vocabulary."""
-    weight = head.weight[columns].to(head.dtype).t()
+    weight = head.weight[columns].to(head.options.dtype).t()
     if out is not None:
         raw = torch.mm(rows.hidden, weight, out=out)
     else:
@@ -80,8 +86,8 @@ def _block(head: Head, rows: Rows, columns: slice, out: Tensor | None = None) ->
         rows.inverse_temperature,
         columns.start,
         None if head.bias is None else head.bias[columns].float(),
-        head.logit_scale,
-        head.softcap,
+        head.options.logit_scale,
+        head.options.softcap,
     )
 
 
@@ -90,10 +96,10 @@ def anchor_logits(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     logit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), 4096):  # bounds the gathered weight rows
         rows = slice(start, start + 4096)
-        weight = head.weight[targets[rows]].to(head.dtype).float()
+        weight = head.weight[targets[rows]].to(head.options.dtype).float()
         torch.sum(hidden[rows].float() * weight, -1, out=logit[rows])
     bias = None if head.bias is None else head.bias[targets]
-    return target_anchor(logit, bias, head.logit_scale, head.softcap)
+    return target_anchor(logit, bias, head.options.logit_scale, head.options.softcap)
 
 
 def head_forward(head: Head, rows: Rows) -> Tensor:
@@ -104,16 +110,16 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
     parts = []
     for columns in _columns(vocab, n, tile_bytes):
         store = None if rows.kept is None else rows.kept[:, columns]
-        in_place = store is not None and store.dtype == head.dtype == torch.float32
+        in_place = store is not None and store.dtype == head.options.dtype == torch.float32
         block = _block(head, rows, columns, out=store if in_place else None)
-        parts.append(fold_forward(head.impl, block, store))
+        parts.append(fold_forward(head.options.impl, block, store))
     parts = torch.cat(parts)
     if rows.kept is not None:
         reanchor(
-            head.impl,
+            head.options.impl,
             rows.kept,
             parts,
-            min(width, FOLD_BLOCK) if head.impl == "triton" else width,
+            min(width, FOLD_BLOCK) if head.options.impl == "triton" else width,
         )
     return merge(parts)
 
@@ -126,24 +132,26 @@ def _gradient_tile(
         block = _block(head, rows, columns)
         grad = (
             block.raw
-            if head.dtype == torch.float32
-            else block.raw.new_empty(block.raw.shape, dtype=head.dtype)
+            if head.options.dtype == torch.float32
+            else block.raw.new_empty(block.raw.shape, dtype=head.options.dtype)
         )
-        fold_backward(head.impl, block, c, grad)
+        fold_backward(head.options.impl, block, c, grad)
         return grad, None
     e = rows.kept[:, columns]
     if plain:  # the target's -S is in E already
-        return e.to(head.dtype), (c.alpha * rows.inverse_temperature * head.logit_scale)[:, None]
+        return e.to(head.options.dtype), (
+            c.alpha * rows.inverse_temperature * head.options.logit_scale
+        )[:, None]
     e = e.float()
     grad = torch.special.xlogy(e, e).mul_(c.beta[:, None]).addcmul_(e, c.alpha[:, None])
     _at_target(grad, rows.targets - columns.start, c.gamma * _target_slope(head, rows))
-    grad *= (rows.inverse_temperature * head.logit_scale)[:, None]
-    return grad.to(head.dtype), None
+    grad *= (rows.inverse_temperature * head.options.logit_scale)[:, None]
+    return grad.to(head.options.dtype), None
 
 
 def _target_slope(head: Head, rows: Rows) -> Tensor | float:
     """1 - tanh^2 of the softcap at the target."""
-    return 1.0 if head.softcap is None else 1 - (rows.anchor / head.softcap) ** 2
+    return 1.0 if head.options.softcap is None else 1 - (rows.anchor / head.options.softcap) ** 2
 
 
 def _at_target(tile: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -172,7 +180,7 @@ def head_backward(
     longest = max((len(rows.targets) for rows, _ in runs), default=0)
     tile_bytes = for_device(BACKWARD_TILE, head.weight.device)
     for columns in _columns(len(head.weight), longest, tile_bytes):
-        weight = head.weight[columns].to(head.dtype)
+        weight = head.weight[columns].to(head.options.dtype)
         weight_sum = None if d_weight is None else _Sum(d_weight[columns], accumulate)
         bias_sum = None if d_bias is None else _Sum(d_bias[columns], accumulate)
         for index, (rows, c) in enumerate(runs):
@@ -183,7 +191,9 @@ def head_backward(
                     part, factor
                 )
             if weight_sum is not None:
-                hidden = rows.hidden if factor is None else (rows.hidden * factor).to(head.dtype)
+                hidden = (
+                    rows.hidden if factor is None else (rows.hidden * factor).to(head.options.dtype)
+                )
                 weight_sum.add_product(grad.t(), hidden)
             if bias_sum is not None:
                 bias_sum.add((grad if factor is None else grad * factor).sum(0).float())

@@ -51,6 +51,9 @@ class TokenStats(NamedTuple):
     log_sum_sq: Tensor | None = None
     top1: Tensor | None = None
 
+    def detach(self) -> TokenStats:
+        return TokenStats(self.logp.detach(), *(x if x is None else x.detach() for x in self[1:]))
+
 
 class Coefficients(NamedTuple):
     """What a token's gradient needs beyond its logits, float32 [N] each."""

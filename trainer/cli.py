@@ -7,7 +7,7 @@ import difflib
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -73,7 +73,7 @@ def _dispatch(argv: list[str]) -> None:
 def parse(config: type, argv: list[str]) -> Any:
     """A configuration from flags, after those of `--config FILE.yaml`."""
     argv = _expand_config(argv, config)
-    parser = _Parser(config, allow_abbrev=False, prog="prefuse")
+    parser = _Parser(cast(Any, config), allow_abbrev=False, prog="prefuse")
     losses = _add_hyperparameters(parser, config)
     known = [o.removeprefix("--") for o in parser._option_string_actions if o.startswith("--")]
     for argument in argv:

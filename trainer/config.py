@@ -3,95 +3,98 @@ Transformers. A loss's own hyperparameters are not here: they are flags read off
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
-
 from .errors import UserError
+
+
+def flag(*, help: str, default: Any = MISSING) -> Any:
+    """A field that is a flag of the command line; without a default it is required."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What every training command takes."""
 
-    model_name_or_path: str = HfArg(help="A local folder or a hub id.")
-    dataset_name: str = HfArg(
+    model_name_or_path: str = flag(help="A local folder or a hub id.")
+    dataset_name: str = flag(
         help="A .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a hub id."
     )
-    output_dir: str = HfArg(help="Where the run's files go; must be new, empty or resumed.")
+    output_dir: str = flag(help="Where the run's files go; must be new, empty or resumed.")
 
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub dataset.")
-    dataset_train_split: str = HfArg(default="train", help="Split of a hub dataset.")
-    eval_dataset_name: str | None = HfArg(default=None, help="Held-out data, as dataset_name.")
-    eval_fraction: float = HfArg(
+    dataset_config: str | None = flag(default=None, help="Configuration of a hub dataset.")
+    dataset_train_split: str = flag(default="train", help="Split of a hub dataset.")
+    eval_dataset_name: str | None = flag(default=None, help="Held-out data, as dataset_name.")
+    eval_fraction: float = flag(
         default=0.0, help="Share of the rows held out when eval_dataset_name is not given."
     )
-    max_length: int | None = HfArg(
+    max_length: int | None = flag(
         default=1024, help="Longest row in tokens; longer ones are truncated and counted."
     )
-    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
+    trust_remote_code: bool = flag(default=False, help="Run code that comes with the model.")
 
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows per rank and micro-step.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-steps per optimizer step.")
-    per_device_eval_batch_size: int = HfArg(default=8, help="Rows per rank when evaluating.")
-    max_tokens_per_micro_batch: int | None = HfArg(
+    per_device_train_batch_size: int = flag(default=8, help="Rows per rank and micro-step.")
+    gradient_accumulation_steps: int = flag(default=1, help="Micro-steps per optimizer step.")
+    per_device_eval_batch_size: int = flag(default=8, help="Rows per rank when evaluating.")
+    max_tokens_per_micro_batch: int | None = flag(
         default=None,
         help="Repack the rows of an optimizer step into micro-batches of at most so many tokens. "
         "Changes speed and memory, never the gradient.",
     )
-    num_train_epochs: float = HfArg(default=3.0, help="Passes over the data.")
-    max_steps: int = HfArg(default=-1, help="Optimizer steps; overrides num_train_epochs.")
-    learning_rate: float = HfArg(default=2e-5, help="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = HfArg(
+    num_train_epochs: float = flag(default=3.0, help="Passes over the data.")
+    max_steps: int = flag(default=-1, help="Optimizer steps; overrides num_train_epochs.")
+    learning_rate: float = flag(default=2e-5, help="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag(
         default="linear", help="Shape of the learning rate after the warm-up."
     )
-    warmup_steps: float = HfArg(
+    warmup_steps: float = flag(
         default=0, help="Steps of linear warm-up; below 1, a share of all steps."
     )
-    optim: Literal["adamw_torch", "sgd"] = HfArg(default="adamw_torch", help="Optimizer.")
-    weight_decay: float = HfArg(default=0.0, help="Decoupled; not applied to vectors.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's first-moment decay.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW's second-moment decay.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
-    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient's norm; 0 for no clipping.")
-    seed: int = HfArg(default=42, help="Orders the data.")
-    shuffle_dataset: bool = HfArg(default=True, help="A new order every epoch.")
+    optim: Literal["adamw_torch", "sgd"] = flag(default="adamw_torch", help="Optimizer.")
+    weight_decay: float = flag(default=0.0, help="Decoupled; not applied to vectors.")
+    adam_beta1: float = flag(default=0.9, help="AdamW's first-moment decay.")
+    adam_beta2: float = flag(default=0.999, help="AdamW's second-moment decay.")
+    adam_epsilon: float = flag(default=1e-8, help="AdamW's epsilon.")
+    max_grad_norm: float = flag(default=1.0, help="Clip the gradient's norm; 0 for no clipping.")
+    seed: int = flag(default=42, help="Orders the data.")
+    shuffle_dataset: bool = flag(default=True, help="A new order every epoch.")
 
-    bf16: bool | None = HfArg(
+    bf16: bool | None = flag(
         default=None,
         help="bfloat16 compute over float32 master weights. Unset: on where the GPU has it.",
     )
-    dtype: Literal["float32", "bfloat16"] = HfArg(
+    dtype: Literal["float32", "bfloat16"] = flag(
         default="float32", help="Of the weights and the optimizer; bfloat16 is pure bfloat16."
     )
-    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations backward.")
-    torch_compile: bool = HfArg(default=False, help="Compile each decoder layer.")
-    layout: Literal["shared", "packed", "padded"] = HfArg(
+    gradient_checkpointing: bool = flag(default=False, help="Recompute activations backward.")
+    torch_compile: bool = flag(default=False, help="Compile each decoder layer.")
+    layout: Literal["shared", "packed", "padded"] = flag(
         default="shared",
         help="shared: packed, common prefixes once; packed: without sharing; padded: a rectangle, "
         "for models whose attention is not plain.",
     )
-    head_budget_mb: int | None = HfArg(
+    head_budget_mb: int | None = flag(
         default=None,
         help="Memory for the head's stash; what does not fit is recomputed. "
         "Unset: 4096 on a GPU, 1024 on a CPU.",
     )
 
-    logging_steps: int = HfArg(default=10, help="Steps between log lines.")
-    eval_strategy: Literal["no", "steps", "epoch"] = HfArg(default="no", help="When to evaluate.")
-    eval_steps: int = HfArg(default=500, help="Steps between evaluations.")
-    eval_on_start: bool = HfArg(default=False, help="Evaluate before the first step, too.")
-    save_steps: int = HfArg(default=500, help="Steps between checkpoints; 0 for none.")
-    save_total_limit: int | None = HfArg(default=None, help="Checkpoints to keep.")
-    resume_from_checkpoint: str | None = HfArg(
+    logging_steps: int = flag(default=10, help="Steps between log lines.")
+    eval_strategy: Literal["no", "steps", "epoch"] = flag(default="no", help="When to evaluate.")
+    eval_steps: int = flag(default=500, help="Steps between evaluations.")
+    eval_on_start: bool = flag(default=False, help="Evaluate before the first step, too.")
+    save_steps: int = flag(default=500, help="Steps between checkpoints; 0 for none.")
+    save_total_limit: int | None = flag(default=None, help="Checkpoints to keep.")
+    resume_from_checkpoint: str | None = flag(
         default=None, help="A checkpoint folder, or true for the newest in output_dir."
     )
-    overwrite_output_dir: bool = HfArg(default=False, help="Write over another run's files.")
-    report_to: Literal["none", "tensorboard"] = HfArg(
+    overwrite_output_dir: bool = flag(default=False, help="Write over another run's files.")
+    report_to: Literal["none", "tensorboard"] = flag(
         default="none", help="Besides metrics.jsonl, which is always written."
     )
-    disable_tqdm: bool = HfArg(default=False, help="No progress bar.")
+    disable_tqdm: bool = flag(default=False, help="No progress bar.")
 
     def __post_init__(self):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
@@ -112,10 +115,10 @@ class TrainConfig:
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning on `text`, `messages`, or `prompt` + `completion` rows."""
 
-    completion_only_loss: bool | None = HfArg(
+    completion_only_loss: bool | None = flag(
         default=None, help="Score the completion alone. Unset: yes where there is a prompt."
     )
-    assistant_only_loss: bool = HfArg(
+    assistant_only_loss: bool = flag(
         default=False, help="Score assistant turns alone; needs {% generation %} in the template."
     )
 
@@ -124,13 +127,13 @@ class SFTConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """Offline preference optimisation on `chosen` + `rejected` rows, with or without `prompt`."""
 
-    learning_rate: float = HfArg(default=1e-6, help="Peak learning rate.")
-    loss_type: str = HfArg(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
+    learning_rate: float = flag(default=1e-6, help="Peak learning rate.")
+    loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
     hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
-    ref_model_name_or_path: str | None = HfArg(
+    ref_model_name_or_path: str | None = flag(
         default=None, help="The reference model. Unset: the model as it is before training."
     )
-    precompute_ref_log_probs: bool = HfArg(
+    precompute_ref_log_probs: bool = flag(
         default=False, help="Score the data once under the reference, then free it."
     )
 

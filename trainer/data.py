@@ -186,7 +186,7 @@ def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[l
             ledger.prompt_fills_max_length += 1
             continue
         cut = [ids[:max_length] for ids in pair]
-        if np.array_equal(*cut):
+        if np.array_equal(cut[0], cut[1]):
             ledger.identical += 1
             continue
         ledger.truncated += any(len(ids) > len(kept) for ids, kept in zip(pair, cut, strict=True))

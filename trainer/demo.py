@@ -11,13 +11,18 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from .config import DPOConfig, SFTConfig
+from .config import DPOConfig, SFTConfig, flag
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -26,48 +31,39 @@ LETTERS = "abcdefghijklmnopqrst"
 class DemoConfig:
     """Where the demo's files go, and how long it trains."""
 
-    output_dir: str = HfArg(default="runs/demo", help="Where its files go; written over.")
-    sft_steps: int = HfArg(default=400, help="Optimizer steps of SFT.")
-    dpo_steps: int = HfArg(default=100, help="Optimizer steps of DPO.")
-    seed: int = HfArg(default=0, help="Draws the task and the model.")
+    output_dir: str = flag(default="runs/demo", help="Where its files go; written over.")
+    sft_steps: int = flag(default=400, help="Optimizer steps of SFT.")
+    dpo_steps: int = flag(default=100, help="Optimizer steps of DPO.")
+    seed: int = flag(default=0, help="Draws the task and the model.")
 
 
 def run_demo(config: DemoConfig) -> None:
     """Builds a model and a task, runs SFT and DPO as the commands do, shows what changed."""
+    from .cli import parse
     from .offline import run_dpo, run_sft
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     make_task(folder, config.seed)
     make_model(folder / "base", config.seed)
-    common = dict(per_device_train_batch_size=64, overwrite_output_dir=True, logging_steps=20)
-    run_sft(
-        SFTConfig(
-            model_name_or_path=str(folder / "base"),
-            dataset_name=str(folder / "sft.jsonl"),
-            output_dir=str(folder / "sft"),
-            max_steps=config.sft_steps,
-            learning_rate=3e-3,
-            warmup_steps=0.05,
-            lr_scheduler_type="cosine",
-            **common,
-        )
-    )
-    dpo = DPOConfig(
-        model_name_or_path=str(folder / "sft"),
-        dataset_name=str(folder / "pairs.jsonl"),
-        eval_dataset_name=str(folder / "held_out.jsonl"),
-        eval_strategy="steps",
-        eval_steps=max(1, config.dpo_steps // 10),
-        output_dir=str(folder / "dpo"),
-        max_steps=config.dpo_steps,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant",
-        eval_on_start=True,
-        **common,
-    )
-    dpo.hyperparameters.update(beta=0.1)
-    run_dpo(dpo)
+    common = ["--per_device_train_batch_size", "64", "--logging_steps", "20"]
+    sft = [
+        *("--model_name_or_path", f"{folder}/base", "--dataset_name", f"{folder}/sft.jsonl"),
+        *("--output_dir", f"{folder}/sft", "--overwrite_output_dir", *common),
+        *("--max_steps", str(config.sft_steps), "--learning_rate", "3e-3"),
+        *("--warmup_steps", "0.05", "--lr_scheduler_type", "cosine"),
+    ]
+    dpo = [
+        *("--model_name_or_path", f"{folder}/sft", "--dataset_name", f"{folder}/pairs.jsonl"),
+        *("--output_dir", f"{folder}/dpo", "--overwrite_output_dir", *common),
+        *("--max_steps", str(config.dpo_steps), "--learning_rate", "1e-4", "--beta", "0.3"),
+        *("--eval_dataset_name", f"{folder}/held_out.jsonl", "--eval_on_start"),
+        *("--eval_strategy", "steps", "--eval_steps", str(max(1, config.dpo_steps // 10))),
+    ]
+    print("\n$ prefuse sft " + " ".join(sft))
+    run_sft(parse(SFTConfig, sft))
+    print("\n$ prefuse dpo " + " ".join(dpo))
+    run_dpo(parse(DPOConfig, dpo))
     show(folder, config)
 
 
@@ -128,14 +124,14 @@ def make_model(folder: Path, seed: int) -> None:
 def rising_share(model_folder: Path, rows: list[dict]) -> float:
     """How many held-out lists the model, asked greedily, sorts in rising order and rightly."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    model = LlamaForCausalLM.from_pretrained(model_folder)
+    generate: Any = AutoModelForCausalLM.from_pretrained(model_folder).generate
     right = 0
     by_length: dict[int, list[dict]] = {}
     for row in rows:  # equal lengths need no padding
         by_length.setdefault(len(row["prompt"]), []).append(row)
     for group in by_length.values():
         ids = tokenizer([row["prompt"] for row in group], return_tensors="pt")["input_ids"]
-        out = model.generate(ids, max_new_tokens=10, do_sample=False)[:, ids.shape[1] :]
+        out = generate(ids, max_new_tokens=10, do_sample=False)[:, ids.shape[1] :]
         answers = tokenizer.batch_decode(out, skip_special_tokens=True)
         right += sum(a == row["chosen"] for a, row in zip(answers, group, strict=True))
     return right / len(rows)
@@ -159,9 +155,8 @@ def show(folder: Path, config: DemoConfig) -> None:
         f"{before['eval_rewards/accuracies']:.3f}",
         f"{after['eval_rewards/accuracies']:.3f}",
     )
-    for name in ("margins",):
-        key = f"eval_rewards/{name}"
-        table.add_row("reward margin", f"{before[key]:.3f}", f"{after[key]:.3f}")
+    margin = "eval_rewards/margins"
+    table.add_row("reward margin", f"{before[margin]:.3f}", f"{after[margin]:.3f}")
     table.add_row("loss", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
     shares = [rising_share(folder / stage, rows) for stage in ("sft", "dpo")]
     table.add_row("answers sorted as preferred", *(f"{share:.3f}" for share in shares))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(scorer: nn.Module, ranks: Ranks) -> nn.Module:
+def shard(scorer: Model, ranks: Ranks) -> Model:
     """FSDP2: each decoder layer, and the rest with the scorer itself as the root."""
     if ranks.world > 1:
         for layer in decoder_layers(scorer):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
@@ -20,12 +20,13 @@ from .errors import UserError
 from .objectives import Method
 from .report import Meter, Report
 from .schedule import Schedule, share_out
+from .scores import Scorer
 
 
 def train(
     config,
     method: Method,
-    scorer: nn.Module,
+    scorer: Scorer,
     examples: list[Example],
     held_out: list[Example],
     ranks: Ranks,
@@ -63,7 +64,7 @@ def train(
             grad_norm = clip(scorer, config)
             stop_unless_finite(step, losses, grad_norm, micro_batches, ranks)
             meter.add({"grad_norm": grad_norm[None]})
-            rate = learning_rate.get_last_lr()[0]
+            rate = float(learning_rate.get_last_lr()[0])
             optimizer.step()
             learning_rate.step()
             optimizer.zero_grad()
@@ -94,7 +95,7 @@ def train(
                     raise KeyboardInterrupt
 
 
-def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
+def make_optimizer(scorer: Scorer, config) -> torch.optim.Optimizer:
     """AdamW with no decay on vectors, or SGD."""
     parameters = [p for p in scorer.parameters() if p.requires_grad]
     groups = [
@@ -144,11 +145,11 @@ def autocast(config, ranks: Ranks):
     return nullcontext()
 
 
-def clip(scorer: nn.Module, config) -> torch.Tensor:
+def clip(scorer: Scorer, config) -> torch.Tensor:
     """Clips the gradient's global norm; returns what it was."""
     limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
     norm = clip_grad_norm_(scorer.parameters(), limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> None:
@@ -173,7 +174,7 @@ def evaluates(config, done: int, schedule: Schedule) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    config, method: Method, scorer: nn.Module, examples: list[Example], ranks: Ranks
+    config, method: Method, scorer: Scorer, examples: list[Example], ranks: Ranks
 ) -> dict[str, float]:
     """The objective's means over held-out examples."""
     meter = Meter(ranks)

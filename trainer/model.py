@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
 )
 
 from .attention import ATTENTION
@@ -45,7 +46,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 def load_model(
     name: str, *, dtype: torch.dtype, layout: str, trust_remote_code: bool = False
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal language model with dropout off and the attention that `layout` needs."""
     attention = "sdpa" if layout == "padded" else ATTENTION
     try:
@@ -66,9 +67,17 @@ def load_model(
     return model
 
 
-def check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The projection to the vocabulary."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise UserError(f"{type(model).__name__}: wanted a linear output head; got {type(head)}")
+    return head
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer, name: str) -> None:
     """Every id the tokenizer can give must have a row in the model's head."""
-    rows, ids = model.get_output_embeddings().weight.shape[0], len(tokenizer)
+    rows, ids = output_head(model).weight.shape[0], len(tokenizer)
     if ids > rows:
         raise UserError(
             f"{name}: the tokenizer has {ids} tokens but the model's vocabulary {rows}; use the "
@@ -76,7 +85,7 @@ def check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
         )
 
 
-def head_options(model: nn.Module) -> HeadOptions:
+def head_options(model: PreTrainedModel) -> HeadOptions:
     """Logit scale and softcap from the model's configuration; the probe checks the result."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
@@ -84,7 +93,7 @@ def head_options(model: nn.Module) -> HeadOptions:
     return HeadOptions(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
-def can_share_prefixes(model: nn.Module, longest: int) -> str | None:
+def can_share_prefixes(model: PreTrainedModel, longest: int) -> str | None:
     """Why `model`'s attention cannot be packed with shared prefixes, or None if it can."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -100,7 +109,9 @@ def can_share_prefixes(model: nn.Module, longest: int) -> str | None:
 
 
 @torch.no_grad()
-def export(model: nn.Module, state: dict[str, Tensor] | None, tokenizer, folder: Path) -> None:
+def export(
+    model: PreTrainedModel, state: dict[str, Tensor] | None, tokenizer, folder: Path
+) -> None:
     """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer."""
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=state)

@@ -118,7 +118,7 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
         model = load_model(
             name, dtype=dtype, layout="padded", trust_remote_code=config.trust_remote_code
         )
-    scorer = Scorer(model.to(ranks.device), config.layout, budget).eval()
+    scorer = Scorer(model, config.layout, budget).to(ranks.device).eval()
     probe(scorer, ranks.device, tolerance=1e-3 if dtype == torch.float32 else 0.2)
     return config, scorer, note
 

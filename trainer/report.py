@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def claim_folder(config, ranks: Ranks) -> None:
 
 def flat(config) -> dict[str, Any]:
     """A configuration as the flags that would make it again."""
-    values = asdict(config) if is_dataclass(config) else dict(config)
+    values = asdict(config)
     return {**values, **values.pop("hyperparameters", {})}
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
 
 from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence
 from .errors import UserError
-from .model import head_options
+from .model import head_options, output_head
 
 
 class Scorer(nn.Module):
     """A model that scores packed batches. FSDP wraps it whole, so that the head's weight is
     gathered, and its gradient reduced, by FSDP's own hooks around `forward`."""
 
-    def __init__(self, model: nn.Module, layout: str = "shared", head_budget: int | None = None):
+    def __init__(
+        self, model: PreTrainedModel, layout: str = "shared", head_budget: int | None = None
+    ):
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self.layout = layout
         self.head_budget = head_budget
         self.options = head_options(model)
@@ -29,7 +32,7 @@ class Scorer(nn.Module):
     ):
         """TokenStats of the scored tokens; with `token_loss`, its loss [M] and the TokenStats."""
         rows = self.hidden(batch)[batch.score_rows]
-        head = self.model.get_output_embeddings()
+        head = output_head(self.model)
         options = dict(
             self.options._asdict(),
             bias=head.bias,
@@ -89,7 +92,7 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
     changes one sequence and asks that no other moves. Returns the largest difference in nats.
     """
     model = scorer.model
-    vocab = model.get_output_embeddings().weight.shape[0]
+    vocab = output_head(model).weight.shape[0]
     examples = _probe_examples(vocab)
     share = scorer.layout == "shared"
     batch = pack(examples, share).to(device)
