@@ -8,9 +8,7 @@
 namespace prefuse {
 namespace {
 
-constexpr int64_t kChunk = 1024;     // columns held in registers and L1 at a time
-constexpr float kRaiseAnchor = 40.f; // see MAX_EXPONENT in token_stats.py
-constexpr float kExcluded = -200.f;  // exp of it is 0 in float32; finite, so 0 * d stays 0
+constexpr int64_t kChunk = 1024;  // columns held in L1 at a time
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) { return bf16_to_float(x); }
@@ -63,7 +61,7 @@ PREFUSE_CLONES void forward_row(const Block& b, int64_t row, float* parts, bool 
     }
     sum_d += chunk_sum;
     max_d = std::max(max_d, chunk_max);
-    if (chunk_max - shift > kRaiseAnchor) {
+    if (chunk_max - shift > kMaxExponent) {
       const float raise = chunk_max - shift, w = std::exp(-raise);
       sum_ed = w * (sum_ed - raise * sum_e);
       sum_e *= w;

@@ -10,8 +10,6 @@ namespace prefuse {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kRaiseAnchor = 40.f;
-constexpr float kExcluded = -200.f;
 
 __device__ inline float load(const float* p, int64_t i) { return p[i]; }
 __device__ inline float load(const __nv_bfloat16* p, int64_t i) { return __bfloat162float(p[i]); }
@@ -37,7 +35,7 @@ struct Sums {
   __device__ void add(float distance) {
     d += distance;
     max = fmaxf(max, distance);
-    if (distance - shift > kRaiseAnchor) move_to(distance);
+    if (distance - shift > kMaxExponent) move_to(distance);
     const float rel = fmaxf(distance - shift, kExcluded), p = expf(rel);
     e += p;
     ed += p * rel;

@@ -4,6 +4,10 @@
 
 namespace prefuse {
 
+// As in kernels/fold.py: a distance above kMaxExponent raises the row's anchor; the target's own
+// entry reads kExcluded, whose exp is 0 in float32 and which is finite, so that 0 * d stays 0.
+constexpr float kMaxExponent = 10.f, kExcluded = -200.f;
+
 enum class Scalar : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // A block of n_rows x n_cols logits; column j is vocabulary entry first_col + j.

@@ -17,7 +17,9 @@ from torch import Tensor
 from .launch import _C, device_guard, next_power_of_2, stream_of, tl, triton
 from .token_stats import PARTS, Coefficients
 
-MAX_EXPONENT = 40.0  # a larger d raises the anchor: exp(2 * 40) still fits float32 and bfloat16
+# A larger d raises the anchor, for two reasons: exp must not overflow, and the entropy is a
+# difference of numbers as large as the largest d. As in csrc/token_stats.h.
+MAX_EXPONENT = 10.0
 EXCLUDED = -200.0  # exp of it is 0 in float32, and it is finite: 0 * EXCLUDED is 0
 _MAX_EXPONENT, _EXCLUDED = tl.constexpr(MAX_EXPONENT), tl.constexpr(EXCLUDED)
 FOLD_BLOCK = 4096
@@ -305,3 +307,20 @@ def _c_block(b: Logits):
         b.logit_scale,
         b.softcap or 0.0,
     )
+
+
+_AOT_BLOCK = {
+    **dict.fromkeys(("raw_ptr", "store_ptr", "out_ptr"), "*bf16"),
+    **dict.fromkeys(("parts_ptr", "anchor_ptr", "inverse_temp_ptr", "bias_ptr"), "*fp32"),
+    **dict.fromkeys(("alpha_ptr", "beta_ptr", "gamma_ptr", "shift_ptr"), "*fp32"),
+    **dict.fromkeys(("scale", "softcap"), "fp32"),
+    "targets_ptr": "*i64",
+}
+_AOT_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK": FOLD_BLOCK}
+# What ahead-of-time compilation checks: (kernel, argument types, constants, warps); i32 elsewhere.
+AOT = [
+    (_forward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "STORE": True}, _warps(FOLD_BLOCK)),
+    (_forward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "STORE": False}, _warps(FOLD_BLOCK)),
+    (_backward_kernel, _AOT_BLOCK, _AOT_FLAGS, _warps(FOLD_BLOCK)),
+    (_reanchor_kernel, _AOT_BLOCK, {"PARTS_BLOCK": 256, "BLOCK": 1024}, 4),
+]

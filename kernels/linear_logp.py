@@ -249,7 +249,8 @@ def _loss_and_gradients(token_loss, stats: TokenStats, extras):
     with torch.enable_grad():
         logp = stats.logp.detach().requires_grad_()
         others = [None if x is None else x.detach().requires_grad_() for x in stats[1:3]]
-        loss = token_loss(TokenStats(logp, *others, *stats[3:]), *extras)
+        leaves = stats._replace(logp=logp, entropy=others[0], lse=others[1])
+        loss = token_loss(leaves, *extras)
         shape = stats.logp.shape
         expect(loss.shape == shape, "token_loss", f"a loss of shape {tuple(shape)}", loss.shape)
         present = [logp, *(x for x in others if x is not None)]

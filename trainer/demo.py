@@ -124,14 +124,14 @@ def make_model(folder: Path, seed: int) -> None:
 def rising_share(model_folder: Path, rows: list[dict]) -> float:
     """How many held-out lists the model, asked greedily, sorts in rising order and rightly."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    generate: Any = AutoModelForCausalLM.from_pretrained(model_folder).generate
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
     right = 0
     by_length: dict[int, list[dict]] = {}
     for row in rows:  # equal lengths need no padding
         by_length.setdefault(len(row["prompt"]), []).append(row)
     for group in by_length.values():
         ids = tokenizer([row["prompt"] for row in group], return_tensors="pt")["input_ids"]
-        out = generate(ids, max_new_tokens=10, do_sample=False)[:, ids.shape[1] :]
+        out = model.generate(ids, max_new_tokens=10, do_sample=False)[:, ids.shape[1] :]
         answers = tokenizer.batch_decode(out, skip_special_tokens=True)
         right += sum(a == row["chosen"] for a, row in zip(answers, group, strict=True))
     return right / len(rows)

@@ -1,0 +1,52 @@
+"""The layout of the packages, and what may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_namespace_package_leaves_hugging_face_kernels_alone():
+    """transformers imports a package called `kernels`; ours must lose to it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "trainer" / "__init__.py").exists()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from transformers import LlamaForCausalLM"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+def test_kernels_know_neither_trainer_nor_transformers():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for name in imports_of(path):
+            assert not name.startswith(("transformers", "prefuse", "..")), f"{path.name}: {name}"
+
+
+def test_kernels_import_without_triton_and_extension():
+    code = (
+        "import sys, types\n"
+        "sys.modules['triton'] = None\n"
+        "sys.modules['prefuse.kernels._C'] = None\n"
+        f"sys.modules['prefuse'] = types.ModuleType('prefuse')\n"
+        f"sys.modules['prefuse'].__path__ = [{str(ROOT)!r}]\n"
+        "import importlib, torch\n"
+        "for name in sys.argv[1:]: importlib.import_module('prefuse.kernels.' + name)\n"
+        "from prefuse.kernels.linear_logp import linear_logp\n"
+        "w = torch.randn(9, 4, requires_grad=True)\n"
+        "linear_logp(torch.randn(3, 4), w, torch.arange(3)).logp.sum().backward()\n"
+        "assert w.grad.abs().sum() > 0\n"
+    )
+    names = [p.stem for p in (ROOT / "kernels").glob("*.py")]
+    subprocess.run([sys.executable, "-c", code, *names], check=True, cwd="/")

@@ -1,0 +1,136 @@
+"""token_logp: from logits to statistics and back, in every implementation."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from prefuse.kernels.launch import HAS_CUDA_EXTENSION, HAS_TRITON, INTERPRETED
+from prefuse.kernels.logp import reference, token_logp
+from prefuse.kernels.token_stats import OUTPUTS
+
+ON_GPU = torch.cuda.is_available()
+IMPLS = ["torch"]
+IMPLS += ["cuda"] if ON_GPU and HAS_CUDA_EXTENSION else []
+IMPLS += [] if ON_GPU else ["cpu"]
+IMPLS += ["triton"] if HAS_TRITON and (ON_GPU or INTERPRETED) else []
+
+# one token, one entry, odd sizes, around a chunk of 1024 and a block of 4096 columns
+SHAPES = [(5, 37), (1, 1), (0, 5), (3, 1), (2, 1023), (2, 1025), (3, 4097), (2, 20001)]
+
+
+def run(op, logits, targets, upstream, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    stats = op(leaf * 1, targets, **options)  # not the leaf itself: it may be overwritten
+    terms = [(getattr(stats, k) * g.to(stats.logp.dtype)).sum() for k, g in upstream.items()]
+    (grad,) = torch.autograd.grad(sum(terms), leaf)
+    return stats, grad
+
+
+def make(n, v, dtype=torch.float32, device="cpu", hopeless=False):
+    logits = torch.randn(n, v, device=device) * 3
+    if hopeless:
+        logits[::2] *= 100
+    upstream = {k: torch.randn(n, device=device) for k in ("logp", "entropy", "lse")}
+    return logits.to(dtype), torch.randint(v, (n,), device=device), upstream
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_output_and_gradient(shape, impl, softcap, inplace, device):
+    logits, targets, upstream = make(*shape, device=device)
+    options = dict(
+        outputs=OUTPUTS, softcap=softcap, temperature=torch.rand(shape[0], device=device) + 0.5
+    )
+    expected, wanted = run(reference, logits.double(), targets, upstream, **options)
+    actual, grad = run(
+        token_logp, logits, targets, upstream, impl=impl, inplace_backward=inplace, **options
+    )
+    for field in OUTPUTS[:5]:
+        assert_close(
+            getattr(actual, field).double(), getattr(expected, field), rtol=1e-5, atol=1e-5
+        )
+    assert torch.equal(actual.top1, expected.top1)
+    assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_hopeless_targets(impl, device):
+    logits, targets, upstream = make(6, 3000, device=device, hopeless=True)
+    del upstream["entropy"]
+    options = dict(outputs=("logp", "lse", "log_sum_sq"))
+    expected, wanted = run(reference, logits.double(), targets, upstream, **options)
+    actual, grad = run(token_logp, logits, targets, upstream, impl=impl, **options)
+    assert float(expected.logp.detach().min()) < -300
+    assert_close(actual.logp.double(), expected.logp, rtol=1e-6, atol=1e-5)
+    assert_close(actual.log_sum_sq.double(), expected.log_sum_sq, rtol=1e-5, atol=1e-5)
+    assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sixteen_bit_logits(impl, dtype, device):
+    logits, targets, upstream = make(5, 2000, dtype, device)
+    options = dict(outputs=("logp", "entropy", "lse"))
+    expected, wanted = run(reference, logits.double(), targets, upstream, **options)
+    actual, grad = run(token_logp, logits, targets, upstream, impl=impl, **options)
+    assert_close(actual.logp.double(), expected.logp, rtol=1e-6, atol=1e-5)
+    assert_close(actual.entropy.double(), expected.entropy, rtol=1e-5, atol=1e-5)
+    assert grad.dtype == dtype
+    assert float((grad.double() - wanted).norm() / wanted.norm()) < 6e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masked_vocabulary_entries(impl, device):
+    """-inf logits (a padded vocabulary, banned tokens) have probability 0 and gradient 0."""
+    logits, targets, _ = make(4, 100, device=device)
+    targets = targets.clamp(max=79)
+    logits[:, 80:] = float("-inf")
+    upstream = {"logp": torch.randn(4, device=device), "entropy": torch.randn(4, device=device)}
+    options = dict(outputs=("logp", "entropy"))
+    expected, wanted = run(token_logp, logits[:, :80], targets, upstream, impl=impl, **options)
+    actual, grad = run(token_logp, logits, targets, upstream, impl=impl, **options)
+    assert_close(actual.logp, expected.logp)
+    assert_close(actual.entropy, expected.entropy)
+    assert_close(grad[:, :80], wanted)
+    assert float(grad[:, 80:].abs().max()) == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_in_place_backward_takes_the_memory_once(impl, device):
+    logits, targets, _ = make(4, 60, device=device)
+    leaf = logits.clone().requires_grad_()
+    taken = leaf * 1
+    loss = token_logp(taken, targets, impl=impl, inplace_backward=True).logp.sum()
+    loss.backward(retain_graph=True)
+    assert_close(taken.detach(), leaf.grad)
+    with pytest.raises(RuntimeError, match="inplace_backward=False"):
+        loss.backward()
+
+
+def test_reference_gradcheck():
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, 3])
+
+    def op(x):
+        options = dict(temperature=0.7, softcap=2.0, outputs=("logp", "entropy", "lse"))
+        return reference(x, targets, **options)[:3]
+
+    assert torch.autograd.gradcheck(op, logits)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_columns_first_logits(impl, device):
+    logits, targets, _ = make(5, 40, device=device)
+    transposed = logits.t().contiguous().t()
+    assert_close(
+        token_logp(transposed, targets, impl=impl).logp, token_logp(logits, targets, impl=impl).logp
+    )
+
+
+def test_bad_logits():
+    with pytest.raises(ValueError, match=r"logits: wanted shape \[N, V\]"):
+        token_logp(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="floating-point"):
+        token_logp(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
