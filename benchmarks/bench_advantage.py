@@ -1,15 +1,17 @@
 """GAE over packed sequences: each impl beside the usual loop over time steps of a padded batch.
 
-A token costs 17 bytes: rewards, values and mask read, advantages and returns written. `gbps` is
+A token costs 17 bytes: rewards, values and mask read, advantages and returns written. GB/s is
 17 bytes a token over the time, for the padded loop too (all sequences of a row are equally long).
 """
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
 import torch
+from common import ceilings, machine, milliseconds, table
 
 from prefuse.kernels.advantage import gae
 from prefuse.kernels.launch import choose_impl
@@ -39,20 +41,6 @@ def padded_loop(
     return result * acts, (result + values) * acts
 
 
-def milliseconds(run, device: str) -> float:
-    """The median over at least 0.3 s."""
-    if device == "cuda":
-        import triton
-
-        median: Any = triton.testing.do_bench(run, warmup=50, rep=300, return_mode="median")
-        return median
-    from torch.utils.benchmark import Timer
-
-    threads = torch.get_num_threads()
-    timer = Timer("run()", globals={"run": run}, num_threads=threads)
-    return 1e3 * timer.blocked_autorange(min_run_time=0.3).median
-
-
 def usable_impls(device: str) -> list[str]:
     impls = []
     for impl in ("cuda", "triton", "cpu"):
@@ -67,6 +55,7 @@ def rows() -> list[dict]:
     """One measurement a shape and impl; every result is checked against the loop first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = []
+    limit = ceilings()["gbps"]
     for sequences, length in SHAPES[device]:
         torch.manual_seed(0)
         mask = torch.rand(sequences, length, device=device) > 0.2
@@ -83,23 +72,22 @@ def rows() -> list[dict]:
         for impl, run in runs.items():
             for got, exact in zip(run(), wanted, strict=True):
                 torch.testing.assert_close(got.view_as(exact), exact, rtol=1e-4, atol=1e-4)
-            ms = milliseconds(run, device)
-            gigabytes = BYTES_PER_TOKEN * sequences * length / 1e9
+            ms = milliseconds(run)
+            gbps = BYTES_PER_TOKEN * sequences * length / ms / 1e6
             measured.append(
                 {
                     "op": "gae",
                     "impl": impl,
-                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                    "threads": torch.get_num_threads() if device == "cpu" else None,
-                    "shape": f"{sequences} x {length}",
+                    "sequences": sequences,
+                    "tokens each": length,
                     "ms": ms,
-                    "gbps": gigabytes / ms * 1e3,
+                    "GB/s": gbps,
+                    "% of copy": 100 * gbps / limit,
                 }
             )
     return measured
 
 
 if __name__ == "__main__":
-    print(f"{'op':6}{'impl':14}{'shape':>14}{'ms':>12}{'GB/s':>10}")
-    for row in rows():
-        print("{op:6}{impl:14}{shape:>14}{ms:12.4f}{gbps:10.2f}".format(**row))
+    print(json.dumps(machine()))
+    print(table(rows()))

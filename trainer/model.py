@@ -13,9 +13,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from .attention import ATTENTION
 from .errors import UserError
+
+disable_progress_bar()  # the run's own report speaks
 
 
 class HeadOptions(NamedTuple):

@@ -1,0 +1,135 @@
+"""The fused head: time, TFLOP/s and peak memory, beside naive logits and the peers installed.
+
+python benchmarks/bench_linear_logp.py            time
+python benchmarks/bench_linear_logp.py --memory   peak memory, one process a case
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from common import (
+    ceilings,
+    device,
+    machine,
+    milliseconds,
+    peak_memory_mb,
+    reset_peak_memory,
+    table,
+)
+
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
+
+# (N, H, V): a small model with GPT-2's vocabulary, then Qwen2-0.5B's and an 8B model's head
+SHAPES = {
+    "cpu": [(1024, 384, 50257), (1024, 896, 151936)],
+    "cuda": [(8192, 896, 151936), (8192, 4096, 128256), (16384, 4096, 128256)],
+}
+MEMORY_SHAPE = (4096, 896, 151936)
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype):
+    n, h, v = shape
+    torch.manual_seed(0)
+    hidden = torch.randn(n, h, device=device(), dtype=dtype).requires_grad_()
+    weight = (torch.randn(v, h, device=device(), dtype=dtype) * h**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(v, (n,), device=device())
+
+
+def methods() -> dict:
+    """name -> (vocabulary GEMMs, function of hidden, weight, targets that gives logp [N])."""
+
+    def mode(name):
+        return lambda h, w, y: linear_logp(h, w, y, mode=name).logp
+
+    return {
+        "prefuse stash": (3, mode("stash")),
+        "prefuse recompute": (4, mode("recompute")),
+        "prefuse token loss": (3, lambda h, w, y: -linear_token_loss(h, w, y, _nll)[0]),
+        "naive logits": (
+            3,
+            lambda h, w, y: -F.cross_entropy((h @ w.t()).float(), y, reduction="none"),
+        ),
+    }
+
+
+def _nll(stats):
+    return -stats.logp
+
+
+def step(function, hidden, weight, targets) -> None:
+    hidden.grad = weight.grad = None
+    function(hidden, weight, targets).sum().backward()
+
+
+def rows() -> list[dict]:
+    """Forward and backward of each method on each shape."""
+    limit = ceilings()["tflops"]
+    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    out = []
+    for shape in SHAPES[device().type]:
+        hidden, weight, targets = inputs(shape, dtype)
+        for name, (gemms, function) in methods().items():
+            n, h, v = shape
+            ms = milliseconds(partial(step, function, hidden, weight, targets), seconds=2.0)
+            tflops = gemms * 2 * n * h * v / ms / 1e9
+            out.append(
+                {
+                    "op": "linear_logp",
+                    "method": name,
+                    "N": n,
+                    "H": h,
+                    "V": v,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "ms": ms,
+                    "TFLOP/s": tflops,
+                    "% of matmul": 100 * tflops / limit,
+                }
+            )
+    return out
+
+
+def memory_case(name: str, shape: tuple[int, int, int]) -> float:
+    """MB at the peak of one step beyond its inputs, outputs and gradients."""
+    hidden, weight, targets = inputs(shape, torch.float32)
+    function = methods()[name][1]
+    warm = [x[:256].detach().requires_grad_() for x in (hidden, weight)]
+    function(*warm, targets[:256] % 256).sum().backward()  # the libraries' own buffers
+    before = reset_peak_memory()
+    step(function, hidden, weight, targets)
+    gradients = sum(x.numel() * x.element_size() for x in (hidden, weight)) / 1e6
+    outputs = 4 * len(targets) / 1e6
+    return peak_memory_mb() - before - gradients - outputs
+
+
+def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
+    out = []
+    for name in ("prefuse recompute", "prefuse stash", "naive logits"):
+        command = [sys.executable, __file__, "--case", name, "--shape", *map(str, shape)]
+        extra = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        n, h, v = shape
+        out.append({"method": name, "N": n, "H": h, "V": v, "dtype": "float32", "extra MB": extra})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, nargs=3, default=MEMORY_SHAPE, metavar=("N", "H", "V"))
+    args = parser.parse_args()
+    if args.case:
+        print(memory_case(args.case, tuple(args.shape)))
+        return
+    print(json.dumps(machine()))
+    print(table(memory_rows(tuple(args.shape)) if args.memory else rows()))
+
+
+if __name__ == "__main__":
+    main()
