@@ -3,9 +3,11 @@
 #include <cstdint>
 #include <cstring>
 
-// One binary for every x86-64: the loader picks the clone. Elsewhere the baseline is already SIMD.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define PREFUSE_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// One binary for every x86-64: the loader picks the clone by what the CPU can do (arch=haswell and
+// its kin would go by the CPU's name, which no AMD has). Elsewhere the baseline is already SIMD.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define PREFUSE_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PREFUSE_CLONES
 #endif

@@ -22,18 +22,19 @@ inline __attribute__((always_inline)) void distances(const Block& b, const T* lo
                                                      float* cap) {
   const float inverse_temp = b.inverse_temp[row], anchor = b.anchor[row];
   const float scale = b.logit_scale;
-  for (int64_t j = 0; j < n; ++j) distance[j] = to_float(logits[start + j]);
-  if (b.bias)
-    for (int64_t j = 0; j < n; ++j) distance[j] += b.bias[start + j];
-  if (b.softcap > 0) {
-    for (int64_t j = 0; j < n; ++j) {
-      const float t = std::tanh(distance[j] * scale / b.softcap);
-      cap[j] = 1 - t * t;
-      distance[j] = (t * b.softcap - anchor) * inverse_temp;
-    }
-  } else {
-    for (int64_t j = 0; j < n; ++j) distance[j] = (distance[j] * scale - anchor) * inverse_temp;
+  if (!b.bias && b.softcap == 0) {
+    for (int64_t j = 0; j < n; ++j)
+      distance[j] = (to_float(logits[start + j]) * scale - anchor) * inverse_temp;
+    return;
   }
+  for (int64_t j = 0; j < n; ++j)
+    distance[j] = (to_float(logits[start + j]) + (b.bias ? b.bias[start + j] : 0)) * scale;
+  for (int64_t j = 0; b.softcap > 0 && j < n; ++j) {
+    const float t = std::tanh(distance[j] / b.softcap);
+    cap[j] = 1 - t * t;
+    distance[j] = t * b.softcap;
+  }
+  for (int64_t j = 0; j < n; ++j) distance[j] = (distance[j] - anchor) * inverse_temp;
 }
 
 template <typename T>
