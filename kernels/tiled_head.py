@@ -15,8 +15,8 @@ from torch import Tensor
 from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
 from .token_stats import Coefficients, merge, target_anchor
 
-FORWARD_TILE = {"cpu": 8 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
-BACKWARD_TILE = {"cpu": 64 << 20, "cuda": 512 << 20}  # larger: d hidden is summed over tiles
+FORWARD_TILE = {"cpu": 2 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
+BACKWARD_TILE = {"cpu": 16 << 20, "cuda": 512 << 20}  # larger: d hidden is summed over tiles
 MAX_ROWS = 16384
 
 
