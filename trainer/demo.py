@@ -166,8 +166,7 @@ def show(folder: Path, config: DemoConfig) -> None:
     (folder / "result.json").write_text(
         json.dumps({"before": before, "after": after, "sorted_as_preferred": shares}, indent=1)
     )
-    plot = _plot(folder, lines)
-    console.print(f"plot: {plot}", highlight=False)
+    console.print(f"plot: {_plot(folder, lines)}", highlight=False)
 
 
 def _speed(metrics: Path) -> float:
@@ -176,10 +175,12 @@ def _speed(metrics: Path) -> float:
     return speeds[len(speeds) // 2]
 
 
-def _plot(folder: Path, lines: list[dict]) -> Path:
+def _plot(folder: Path, lines: list[dict]) -> Path | str:
     """Loss, held-out accuracy and margin against the step."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        return "none, because matplotlib is not installed (pip install matplotlib)"
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
