@@ -20,12 +20,13 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import machine, table
 
-MODEL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8)
-HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
+MODEL: dict[str, Any] = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8)
+HEADS: dict[str, Any] = dict(num_attention_heads=8, num_key_value_heads=4)
 
 
 def make_model(folder: Path, tokenizer_folder: Path) -> int:

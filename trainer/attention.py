@@ -14,6 +14,7 @@ from prefuse.kernels.prefix import PrefixTable
 ATTENTION = "prefuse"
 
 
+@torch.compiler.disable  # one opaque op to torch.compile: its loop over segments is not for tracing
 def packed_attention_forward(
     module: torch.nn.Module,
     query: Tensor,

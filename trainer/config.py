@@ -3,6 +3,7 @@ Transformers. A loss's own hyperparameters are not here: they are flags read off
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
@@ -97,11 +98,18 @@ class TrainConfig:
     disable_tqdm: bool = flag(default=False, help="No progress bar.")
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            _require(getattr(self, name) >= 1, name, "a positive number", getattr(self, name))
+        for name in COUNTS:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "a positive number", value)
+        for name in ("learning_rate", "warmup_steps", "max_grad_norm", "save_steps"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "a number from 0", value)
+        if self.max_steps <= 0:
+            value = self.num_train_epochs
+            _require(0 < value < math.inf, "num_train_epochs", "a positive number", value)
         _require(0 <= self.eval_fraction < 1, "eval_fraction", "[0, 1)", self.eval_fraction)
-        _require(self.max_length is None or self.max_length > 1, "max_length", ">= 2", "less")
-        _require(self.learning_rate >= 0, "learning_rate", "at least 0", self.learning_rate)
+        longest = self.max_length
+        _require(longest is None or longest >= 2, "max_length", "2 or more", longest)
         held_out = self.eval_dataset_name is not None or self.eval_fraction > 0
         _require(
             self.eval_strategy == "no" or held_out,
@@ -109,6 +117,17 @@ class TrainConfig:
             "held-out rows: eval_dataset_name or eval_fraction",
             "neither",
         )
+
+
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_tokens_per_micro_batch",
+    "logging_steps",
+    "eval_steps",
+    "save_total_limit",
+)
 
 
 @dataclass(frozen=True)

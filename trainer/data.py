@@ -6,15 +6,18 @@ Formats are TRL's: `text`, `messages`, `prompt` + `completion`, `prompt` + `chos
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
 from .errors import UserError
 
@@ -107,45 +110,72 @@ def _kind(path: Path) -> str | None:
 
 
 def _file_rows(path: Path) -> list[Row]:
+    readers = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}
     kind = _kind(path)
     if kind is None:
         raise UserError(f"{path}: wanted .jsonl, .json, .csv or .parquet; got {path.suffix!r}")
-    if kind == "jsonl":
-        return list(_json_rows(path))
-    import datasets
+    try:
+        return list(readers[kind](path))
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        raise UserError(f"{path}: wanted {kind} in UTF-8; got a broken file: {error}") from None
 
-    dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
-    first = 2 if kind == "csv" else 0  # a CSV's header is line 1
-    sign = ":" if kind == "csv" else "[{}]"
-    return [
-        Row(dict(row), f"{path}:{i + first}" if sign == ":" else f"{path}[{i}]")
-        for i, row in enumerate(dataset)
-    ]
+
+def _open(path: Path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """One JSON object a line, or one JSON array of objects."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if path.with_suffix("").suffix == ".json" or path.suffix == ".json":
-            start = file.read(1)
+    with _open(path) as file:
+        if ".json" in (path.suffix, path.with_suffix("").suffix) and file.read(1) == "[":
             file.seek(0)
-            if start == "[":
-                for i, row in enumerate(json.load(file)):
-                    yield Row(_checked(row, f"{path}[{i}]"), f"{path}[{i}]")
-                return
+            for i, row in enumerate(_json(file.read(), str(path))):
+                yield Row(_checked(row, f"{path}[{i}]"), f"{path}[{i}]")
+            return
+        file.seek(0)
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+            if line.strip():
+                where = f"{path}:{number}"
+                yield Row(_checked(_json(line, where), where), where)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column" if error.lineno > 1 else "column"
+        raise UserError(
+            f"{where}: wanted one JSON object a line; {place} {error.colno}: {error.msg}. "
+            "Mend or remove the line"
+        ) from None
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Every cell is text: "nan" and "007" stay what they are. A row's line is its last."""
+    csv.field_size_limit(1 << 30)
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
                 raise UserError(
-                    f"{where}: wanted one JSON object a line; column {error.colno}: {error.msg}. "
-                    "Mend or remove the line"
-                ) from None
-            yield Row(_checked(row, where), where)
+                    f"{where}: wanted {len(reader.fieldnames or ())} cells, as the header has; "
+                    "quote cells that contain commas"
+                )
+            yield Row(row, where)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: not a parquet file: {error}") from None
+    for i, row in enumerate(table.to_pylist()):
+        yield Row(row, f"{path}[{i}]")
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
@@ -164,16 +194,19 @@ def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[l
     """
     for row in rows:
         _require_columns(row, ("chosen", "rejected"))
-        _require_completion(row, "chosen")
-        _require_completion(row, "rejected")
+        kind = _completion_kind(row, "chosen")
+        _require(row, "rejected", _completion_kind(row, "rejected"), kind, "as 'chosen' is")
+        if row.columns.get("prompt") is not None and _kind_of(row, "prompt") != "text":
+            _require(row, "chosen", kind, "messages", "as 'prompt' is")
+        first = _kind_of(rows[0], "chosen")
+        _require(row, "chosen", kind, first, f"as in {rows[0].where}")
     ledger = Ledger(rows=len(rows))
     distinct = [row for row in rows if row.columns["chosen"] != row.columns["rejected"]]
     ledger.identical = len(rows) - len(distinct)
     parts = [_split_prompt(row.columns) for row in distinct]
-    options = [_template_options(row.columns) for row in distinct]
-    prompts = _tokenize(tokenizer, [p for p, _, _ in parts], options, add_generation_prompt=True)
-    chosen = _tokenize(tokenizer, [p + c for p, c, _ in parts], options)
-    rejected = _tokenize(tokenizer, [p + r for p, _, r in parts], options)
+    prompts = _tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
+    chosen = _tokenize(tokenizer, [p + c for p, c, _ in parts], distinct)
+    rejected = _tokenize(tokenizer, [p + r for p, _, r in parts], distinct)
     examples = []
     for i, row in enumerate(distinct):
         is_text = isinstance(row.columns["chosen"], str)
@@ -182,10 +215,10 @@ def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[l
             pair = [_with_eos(ids, tokenizer) for ids in pair]
         prompt = np.asarray(prompts[i], dtype=np.int64)
         start = min(common_prefix(prompt, ids) for ids in pair)
-        if max_length is not None and start >= max_length:
+        cut = [ids[:max_length] for ids in pair]
+        if min(len(ids) for ids in cut) <= max(start, 1):
             ledger.prompt_fills_max_length += 1
             continue
-        cut = [ids[:max_length] for ids in pair]
         if np.array_equal(cut[0], cut[1]):
             ledger.identical += 1
             continue
@@ -212,7 +245,7 @@ def sft_examples(
     examples = []
     for row in rows:
         tokens, scored, is_text = _sft_tokens(row, tokenizer, completion_only, assistant_only)
-        if is_text and tokens[-1] != tokenizer.eos_token_id:
+        if is_text and not (len(tokens) and tokens[-1] == tokenizer.eos_token_id):
             tokens, scored = np.append(tokens, tokenizer.eos_token_id), np.append(scored, True)
         kept = slice(None, max_length)
         if not scored[kept][1:].any():
@@ -228,31 +261,34 @@ def sft_examples(
 def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
     """Tokens, which are scored, and whether the row is text (its EOS is ours to append)."""
     columns = row.columns
-    options = [_template_options(columns)]
     if "messages" in columns or "text" in columns:
-        whole = columns.get("messages", columns.get("text"))
+        column = "messages" if "messages" in columns else "text"
+        whole = columns[column]
         if not whole:
-            raise UserError(f"{row.where}: 'messages' or 'text' is empty; remove the row")
+            raise UserError(f"{row.where}: {column!r} is empty; fill or remove the row")
+        is_text = _kind_of(row, column) == "text"
         if assistant_only:
-            tokens, scored = _assistant_mask(row, tokenizer, options[0])
+            tokens, scored = _assistant_mask(row, tokenizer)
         else:
-            tokens = np.asarray(_tokenize(tokenizer, [whole], options)[0], dtype=np.int64)
+            tokens = np.asarray(_tokenize(tokenizer, [whole], [row])[0], dtype=np.int64)
             scored = np.ones(len(tokens), dtype=bool)
-        return tokens, scored, isinstance(whole, str)
+        return tokens, scored, is_text
     if not {"prompt", "completion"} <= columns.keys():
         raise UserError(
             f"{row.where}: wanted 'text', 'messages', or 'prompt' and 'completion'; got columns "
             f"{sorted(columns)}"
         )
-    _require_completion(row, "completion")
+    _require_columns(row, ("prompt", "completion"))
+    kind = _completion_kind(row, "completion")
+    _require(row, "prompt", _kind_of(row, "prompt"), kind, "as 'completion' is")
     prompt, completion = columns["prompt"], columns["completion"]
-    tokens = np.asarray(_tokenize(tokenizer, [prompt + completion], options)[0], dtype=np.int64)
-    alone = _tokenize(tokenizer, [prompt], options, add_generation_prompt=True)[0]
+    tokens = np.asarray(_tokenize(tokenizer, [prompt + completion], [row])[0], dtype=np.int64)
+    alone = _tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0]
     start = common_prefix(np.asarray(alone), tokens) if completion_only is not False else 0
-    return tokens, np.arange(len(tokens)) >= start, isinstance(completion, str)
+    return tokens, np.arange(len(tokens)) >= start, kind == "text"
 
 
-def _assistant_mask(row: Row, tokenizer, options: dict) -> tuple[np.ndarray, np.ndarray]:
+def _assistant_mask(row: Row, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     messages = row.columns.get("messages")
     if not isinstance(messages, list):
         raise UserError(f"{row.where}: --assistant_only_loss wants 'messages'; got text")
@@ -261,9 +297,7 @@ def _assistant_mask(row: Row, tokenizer, options: dict) -> tuple[np.ndarray, np.
             "--assistant_only_loss: the chat template has no {% generation %} markers; add them "
             "around the assistant's content, or drop the flag"
         )
-    out = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-    )
+    out = _apply_template(tokenizer, messages, row, return_assistant_tokens_mask=True)
     scored = np.asarray(out["assistant_masks"], dtype=bool)
     return np.asarray(out["input_ids"], dtype=np.int64), scored
 
@@ -283,27 +317,31 @@ def _split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def _tokenize(tokenizer, texts: list, options: list[dict], add_generation_prompt=False) -> list:
-    """Token ids of strings or message lists."""
+def _tokenize(tokenizer, texts: list, rows: list[Row], add_generation_prompt=False) -> list:
+    """Token ids of strings or message lists, which come from `rows`."""
     if not texts:
         return []
     if isinstance(texts[0], str):
         return tokenizer(texts)["input_ids"]
+    option = {"add_generation_prompt": add_generation_prompt}
+    return [
+        _apply_template(tokenizer, messages, row, **option)["input_ids"] if messages else []
+        for messages, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _apply_template(tokenizer, messages: list[dict], row: Row, **options):
+    """The tokenizer's chat template, filled in."""
     if tokenizer.chat_template is None:
         raise UserError(
-            "the rows are conversations but the tokenizer has no chat template; set one, or give "
-            "rows of plain text"
+            f"{row.where}: the rows are conversations but the tokenizer has no chat template; set "
+            "one, or give rows of plain text"
         )
-    return [
-        tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=add_generation_prompt,
-            **option,
-        )["input_ids"]
-        for messages, option in zip(texts, options, strict=True)
-    ]
+    options = {**_template_options(row.columns), **options}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise UserError(f"{row.where}: the chat template refuses the row: {error}") from None
 
 
 def _template_options(columns: dict[str, Any]) -> dict[str, Any]:
@@ -357,8 +395,28 @@ def _require_columns(row: Row, wanted: Iterable[str]) -> None:
             )
 
 
-def _require_completion(row: Row, column: str) -> None:
+def _kind_of(row: Row, column: str) -> str:
+    """Whether a column holds text or a conversation; nothing else can be tokenized."""
     value = row.columns[column]
-    content = value if isinstance(value, str) or not value else value[-1].get("content")
-    if not content:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
+        return "messages"
+    raise UserError(
+        f"{row.where}: {column!r}: wanted text or a list of {{'role', 'content'}} messages; got "
+        f"{str(value)[:60]!r}"
+    )
+
+
+def _completion_kind(row: Row, column: str) -> str:
+    kind, value = _kind_of(row, column), row.columns[column]
+    if kind == "messages" and value:
+        value = value[-1].get("content") or value[-1].get("tool_calls")
+    if not value:
         raise UserError(f"{row.where}: {column!r} is an empty completion; fill or remove the row")
+    return kind
+
+
+def _require(row: Row, column: str, kind: str, wanted: str, why: str) -> None:
+    if kind != wanted:
+        raise UserError(f"{row.where}: {column!r}: wanted {wanted}, {why}; got {kind}")

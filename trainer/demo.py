@@ -39,7 +39,7 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> None:
     """Builds a model and a task, runs SFT and DPO as the commands do, shows what changed."""
-    from .cli import parse
+    from .flags import parse
     from .offline import run_dpo, run_sft
 
     folder = Path(config.output_dir)

@@ -33,6 +33,10 @@ class Ranks:
             dist.all_reduce(values)
         return values.cpu()
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; every rank gets the same answer."""
+        return bool(self.total(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,7 +37,6 @@ def train(
     schedule = Schedule(examples, config, ranks)
     optimizer = make_optimizer(scorer, config)
     learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
-    share = config.layout == "shared"
     start = resume(config, scorer, optimizer, learning_rate, report)
     meter = Meter(ranks)
     scorer.train()
@@ -49,18 +49,7 @@ def train(
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
         for step in range(start, schedule.total_steps):
             micro_batches = schedule.step(step)
-            batches = [pack(rows, share).to(ranks.device) for rows in micro_batches]
-            units = global_units(method, batches, ranks)
-            losses = []
-            for batch in batches:
-                with autocast(config, ranks):
-                    objective = method.objective(scorer, batch)
-                loss = objective.loss.sum()
-                # FSDP averages gradients over ranks; the global mean wants their sum
-                (loss * (ranks.world / units)).backward()
-                losses.append(loss.detach())
-                meter.add({"loss": objective.loss, **objective.metrics})
-                meter.tokens += batch.n_tokens
+            losses = backward(config, method, scorer, micro_batches, ranks, meter)
             grad_norm = clip(scorer, config)
             stop_unless_finite(step, losses, grad_norm, micro_batches, ranks)
             meter.add({"grad_norm": grad_norm[None]})
@@ -81,7 +70,8 @@ def train(
                 values = evaluate(config, method, scorer, held_out, ranks)
                 report.metrics(done, values)
                 meter.started += values["eval_runtime"]
-            if interrupted() or (config.save_steps and done % config.save_steps == 0):
+            stop = ranks.any(interrupted())
+            if stop or (config.save_steps and done % config.save_steps == 0):
                 saved = checkpoint.save(
                     Path(config.output_dir),
                     ranks,
@@ -90,9 +80,30 @@ def train(
                     {"step": done, "learning_rate": learning_rate.state_dict()},
                     config.save_total_limit,
                 )
-                if interrupted():
+                if stop:
                     report.say(f"interrupted after step {done}; saved {saved}")
                     raise KeyboardInterrupt
+
+
+def backward(
+    config, method: Method, scorer: Scorer, micro_batches: list[list[Example]], ranks, meter
+) -> list[torch.Tensor]:
+    """Leaves on the parameters the gradient of the mean loss over all ranks and micro-batches;
+    returns this rank's losses, summed by micro-batch."""
+    share = config.layout == "shared"
+    batches = [pack(rows, share).to(ranks.device) for rows in micro_batches]
+    units = global_units(method, batches, ranks)
+    losses = []
+    for batch in batches:
+        with autocast(config, ranks):
+            objective = method.objective(scorer, batch)
+        loss = objective.loss.sum()
+        # FSDP averages gradients over ranks; the global mean wants their sum
+        (loss * (ranks.world / units)).backward()
+        losses.append(loss.detach())
+        meter.add({"loss": objective.loss, **objective.metrics})
+        meter.tokens += batch.n_tokens
+    return losses
 
 
 def make_optimizer(scorer: Scorer, config) -> torch.optim.Optimizer:
@@ -129,6 +140,7 @@ def resume(config, scorer, optimizer, learning_rate, report: Report) -> int:
     path = checkpoint.resolve(Path(config.output_dir), config.resume_from_checkpoint)
     progress = checkpoint.load(path, scorer, optimizer)
     learning_rate.load_state_dict(progress["learning_rate"])
+    report.forget_after(progress["step"])
     report.say(f"resumed {path} at step {progress['step']}")
     return progress["step"]
 
@@ -155,7 +167,7 @@ def clip(scorer: Scorer, config) -> torch.Tensor:
 def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> None:
     """Stops before an update that would spoil the weights; every rank sees the same answer."""
     bad = sum((~torch.isfinite(x)).double().sum() for x in (*losses, grad_norm))
-    if not ranks.total(torch.as_tensor([float(bad)], dtype=torch.float64)).item():
+    if not ranks.any(bool(bad)):
         return
     rows = [e.where or str(e.index) for rows in micro_batches for e in rows]
     shown = ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
@@ -196,16 +208,17 @@ def evaluate(
 @contextmanager
 def interruptible():
     """Ctrl-C asks for an end after the step at hand; a second one ends at once."""
-    asked = False
+    asked: float | None = None
 
     def ask(signum, frame):
         nonlocal asked
-        if asked:
+        now = time.monotonic()
+        if asked is not None and now - asked > 1:  # torchrun passes on what the terminal sent too
             raise KeyboardInterrupt
-        asked = True
+        asked = asked or now
 
     old = signal.signal(signal.SIGINT, ask)
-    answer: Callable[[], bool] = lambda: asked  # noqa: E731
+    answer: Callable[[], bool] = lambda: asked is not None  # noqa: E731
     try:
         yield answer
     finally:

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .attention import ATTENTION
+from .data import Example
 from .errors import UserError
 
 disable_progress_bar()  # the run's own report speaks
@@ -30,6 +31,8 @@ class HeadOptions(NamedTuple):
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer, with an EOS and a padding token."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"--model_name_or_path {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -64,8 +67,8 @@ def load_model(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: {error}") from error
+    except Exception as error:
+        raise UserError(f"--model_name_or_path {name}: no model loads from it: {error}") from error
     model.config.use_cache = False
     return model
 
@@ -78,14 +81,21 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer, name: str) -> None:
-    """Every id the tokenizer can give must have a row in the model's head."""
+def check_vocabulary(model: PreTrainedModel, tokenizer, examples: list[Example], name: str) -> None:
+    """Every id the tokenizer can give, or gave, must have a row in the model's head."""
     rows, ids = output_head(model).weight.shape[0], len(tokenizer)
     if ids > rows:
         raise UserError(
             f"{name}: the tokenizer has {ids} tokens but the model's vocabulary {rows}; use the "
             "model's own tokenizer, or resize the model's embeddings to it"
         )
+    for example in examples:
+        largest = max(int(s.tokens.max()) for s in example.sequences)
+        if largest >= rows:
+            raise UserError(
+                f"{example.where}: wanted tokens below {rows}, the model's vocabulary; got "
+                f"{largest}. {name}: use the model's own tokenizer, or resize its embeddings"
+            )
 
 
 def head_options(model: PreTrainedModel) -> HeadOptions:

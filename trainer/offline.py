@@ -14,6 +14,7 @@ from .batch import pack
 from .config import DPOConfig, SFTConfig, TrainConfig, updated
 from .data import Example, Row, load_rows, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
+from .errors import UserError
 from .loop import autocast, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
@@ -59,18 +60,20 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     train_rows, eval_rows = _rows(config)
     examples, ledger = tokenize(train_rows, tokenizer)
+    ledgers = {"data": ledger}
     held_out: list[Example] = []
     if eval_rows:
-        held_out, _ = tokenize(eval_rows, tokenizer)
+        held_out, ledgers["held-out data"] = tokenize(eval_rows, tokenizer)
         held_out = [replace(e, index=e.index + len(examples)) for e in held_out]
     config, scorer, note = load_scorer(
-        config, config.model_name_or_path, tokenizer, examples, ranks
+        config, config.model_name_or_path, tokenizer, examples + held_out, ranks
     )
     report = Report(config, name, ranks)
     if note:
         report.say(note)
-    for line in ledger.lines():
-        report.say(f"data: {line}")
+    for data, ledger in ledgers.items():
+        for line in ledger.lines():
+            report.say(f"{data}: {line}")
     method = make_method(config, examples + held_out, ranks, report)
     _prepare(config, scorer)
     scorer = shard(scorer, ranks)
@@ -96,6 +99,11 @@ def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     if config.eval_dataset_name:
         return rows, load_rows(config.eval_dataset_name, "test", config.dataset_config)
     held = round(config.eval_fraction * len(rows))
+    if config.eval_fraction and not 0 < held < len(rows):
+        raise UserError(
+            f"--eval_fraction: wanted a share that leaves rows on both sides; got {held} of "
+            f"{len(rows)} rows held out"
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = set(order[:held])
     return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in order[:held]]
@@ -108,7 +116,7 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
     model = load_model(
         name, dtype=dtype, layout=config.layout, trust_remote_code=config.trust_remote_code
     )
-    check_vocabulary(model, tokenizer, name)
+    check_vocabulary(model, tokenizer, examples, name)
     longest = max(len(s.tokens) for e in examples for s in e.sequences)
     obstacle = None if config.layout == "padded" else can_share_prefixes(model, longest)
     note = None

@@ -58,6 +58,13 @@ class Report:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
 
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl past `step`, which a resumed run will write again."""
+        file = self.folder / "metrics.jsonl"
+        if self.ranks.is_main and file.exists():
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+
     def progress(self, hidden: bool) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
@@ -73,24 +80,29 @@ class Report:
 def claim_folder(config, ranks: Ranks) -> None:
     """Refuses a folder that holds another run, unless it is resumed or overwritten."""
     folder = Path(config.output_dir)
-    held = [p for p in (folder / "config.yaml", *folder.glob("checkpoint-*")) if p.exists()]
-    if not held or config.resume_from_checkpoint:
+    if folder.is_dir() and folder.resolve() == Path(config.model_name_or_path).resolve():
+        raise UserError(f"--output_dir {folder}: is --model_name_or_path; choose another folder")
+    if config.resume_from_checkpoint:
         return
-    if not config.overwrite_output_dir:
+    ours = [folder / "metrics.jsonl", *folder.glob("checkpoint-*")]
+    held = any(path.exists() for path in (*ours, *folder.glob("*.safetensors")))
+    # rank 0 looks for all: another rank might look when rank 0 has already begun to write
+    if ranks.any(ranks.is_main and held) and not config.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {folder}: holds another run ({held[0].name}); choose another folder, or "
-            "pass --resume_from_checkpoint true or --overwrite_output_dir"
+            f"--output_dir {folder}: wanted a new or empty folder; got one that holds another run "
+            "or a model. Choose another, or pass --resume_from_checkpoint true or "
+            "--overwrite_output_dir"
         )
     if ranks.is_main:
-        for path in (*held, folder / "metrics.jsonl"):
+        for path in ours:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    ranks.barrier()
 
 
 def flat(config) -> dict[str, Any]:
     """A configuration as the flags that would make it again."""
     values = asdict(config)
-    return {**values, **values.pop("hyperparameters", {})}
+    hyperparameters = values.pop("hyperparameters", {})
+    return {**values, **hyperparameters}
 
 
 def versions() -> dict[str, str]:

@@ -103,6 +103,11 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
             tokens = torch.from_numpy(sequence.tokens).to(device)
             logits = _own_logits(scorer, tokens)
             alone.append(logits[:-1].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1))
+    if not all(x.isfinite().all() for x in alone):
+        raise UserError(
+            "probe: the model's own log-probs are not finite, so its weights are broken; load "
+            "another, or look at its dtype"
+        )
     difference = float((packed - torch.cat(alone)).abs().max())
     if not difference <= tolerance:
         raise UserError(
@@ -110,11 +115,10 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
             f"(allowed {tolerance:.0e}), so its attention or its head is not what the packed path "
             "computes; pass --layout padded, or report the model"
         )
-    last = examples[-1].sequences[-1]
-    last.tokens[-1] = (last.tokens[-1] + 1) % vocab
+    first = examples[0].sequences[0]  # all others stand after it, where causal attention looks back
+    first.tokens[-2] = (first.tokens[-2] + 1) % vocab
     changed = scorer(pack(examples, share).to(device)).logp
-    untouched = batch.n_scored - int(last.scored.sum())
-    leak = float((changed - packed)[:untouched].abs().max())
+    leak = float((changed - packed)[int(first.scored.sum()) :].abs().max())
     if leak != 0:
         raise UserError(
             f"probe: changing one packed sequence moved another by {leak:.2g} nats; sequences "

@@ -1,0 +1,199 @@
+"""Flags and YAML keys -> a configuration; a flag overrides the YAML."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from prefuse.kernels.preference import LOSSES, hyperparameters
+
+from .config import DPOConfig, SFTConfig
+from .errors import UserError
+
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
+
+
+def parse(config: type, argv: list[str]) -> Any:
+    """A configuration from flags, after those of `--config FILE.yaml`."""
+    argv = _expand_config(argv, config)
+    parser = _Parser(cast(Any, config), allow_abbrev=False, prog="prefuse")
+    _widen_optional(parser, config)
+    losses = _add_hyperparameters(parser, config)
+    known = [o.removeprefix("--") for o in parser._option_string_actions if o.startswith("--")]
+    for argument in argv:
+        if argument.startswith("--"):
+            name = argument[2:].split("=")[0].replace("-", "_")
+            if name not in known:
+                raise UserError(f"--{name}: no such flag{nearest(name, known, '--')}")
+    values, rest = parser.parse_known_args([_underscored(a) for a in argv])
+    if rest:
+        raise UserError(f"{rest[0]}: wanted a --flag; got a bare word")
+    chosen = {f.name: getattr(values, f.name) for f in fields(config) if f.init}
+    result = config(**chosen)
+    if losses:
+        _take_hyperparameters(result, values)
+    return result
+
+
+class _Parser(HfArgumentParser):
+    """argparse's own errors, told as ours."""
+
+    def error(self, message: str):
+        message = re.sub(r"/--[\w-]+", "", message).removeprefix("argument ")
+        for theirs, ours in (
+            (r"invalid (.+?) value: (.*)", r"wanted \1; got \2"),
+            (r"invalid choice: (.*) \(choose from (.*)\)", r"wanted one of \2; got \1"),
+            (r"the following arguments are required: (.*)", r"\1: wanted a value; got none"),
+            (r"expected one argument", r"wanted a value; got none"),
+        ):
+            message = re.sub(theirs, ours, message)
+        raise UserError(message)
+
+
+def _widen_optional(parser: argparse.ArgumentParser, config: type) -> None:
+    """`none` for a field that may be None; a bare flag for one that may be True."""
+    parser._negative_number_matcher = re.compile(r"^-\.?\d")  # argparse's own knows no -1e-6
+    kinds = get_type_hints(config)
+    for action in parser._actions:
+        if _is_optional(kinds.get(action.dest)):
+            action.type = _or_none(cast(Any, action.type))
+            if bool in get_args(kinds[action.dest]):
+                action.nargs, action.const = "?", True
+
+
+def _is_optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _or_none(kind):
+    def convert(text: str):
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"
+    return convert
+
+
+def _add_hyperparameters(parser: argparse.ArgumentParser, config: type) -> bool:
+    """A flag for every hyperparameter of every loss the command may train."""
+    if not _has_hyperparameters(config):
+        return False
+    users: dict[str, list[str]] = {}
+    for loss_name, loss in LOSSES.items():
+        for name, default in hyperparameters(loss).items():
+            users.setdefault(name, []).append(f"{loss_name} ({default})")
+    for name, losses in users.items():
+        parser.add_argument(f"--{name}", type=float, help="loss: " + ", ".join(losses))
+    return True
+
+
+def _has_hyperparameters(config: type) -> bool:
+    return "hyperparameters" in {f.name for f in fields(config)}
+
+
+def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
+    """The chosen loss's hyperparameters, defaults filled in; any other that was given is wrong."""
+    if config.loss_type not in LOSSES:
+        hint = nearest(config.loss_type, LOSSES)
+        raise UserError(
+            f"--loss_type: wanted one of {', '.join(LOSSES)}; got {config.loss_type}{hint}"
+        )
+    own = hyperparameters(LOSSES[config.loss_type])
+    every = {name for loss in LOSSES.values() for name in hyperparameters(loss)}
+    given = {n: getattr(values, n) for n in every if getattr(values, n) is not None}
+    for name in given:
+        if name not in own:
+            raise UserError(
+                f"--{name}: loss {config.loss_type!r} has no such hyperparameter; it takes "
+                f"{', '.join(own)}"
+            )
+    config.hyperparameters.update({**own, **given})
+
+
+def _expand_config(argv: list[str], config: type) -> list[str]:
+    """Replaces `--config FILE` by the file's keys as flags, ahead of the others."""
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if "--config" not in argv:
+        return argv
+    place = argv.index("--config")
+    if place + 1 == len(argv):
+        raise UserError("--config: wanted a YAML file; got nothing")
+    values = _read_yaml(argv[place + 1], config)
+    return _flags_of(values, config) + argv[:place] + argv[place + 2 :]
+
+
+def from_file(rest: list[str]) -> tuple[str, list[str]]:
+    """The command and the flags of `prefuse train FILE.yaml --flag value ...`."""
+    if not rest or rest[0].startswith("--"):
+        raise UserError("train: wanted a YAML file first; got " + (rest[0] if rest else "nothing"))
+    method = _read_yaml(rest[0]).get("method")
+    if method not in CONFIGS:
+        raise UserError(f"{rest[0]}: wanted `method: sft` or `method: dpo`; got {method}")
+    values = _read_yaml(rest[0], CONFIGS[method])
+    return method, _flags_of(values, CONFIGS[method]) + rest[1:]
+
+
+def _read_yaml(file: str, config: type | None = None) -> dict[str, Any]:
+    """Keys and values; with `config`, every key must be one of its flags."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: wanted keys and values; got {type(values).__name__}")
+    if config is not None:
+        _check_keys(path, values, config)
+    return values
+
+
+def _flags_of(values: dict[str, Any], config: type) -> list[str]:
+    """A YAML file is flags written down; an empty value is None, or the default where None is
+    not allowed."""
+    kinds = get_type_hints(config)
+    flags: list[str] = []
+    for key, value in values.items():
+        if key in NOT_FLAGS or (value is None and not _is_optional(kinds.get(key))):
+            continue
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{key}={item}" for item in items]
+    return flags
+
+
+def _check_keys(file: Path, values: dict[str, Any], config: type) -> None:
+    known = {f.name for f in fields(config) if f.init} | set(NOT_FLAGS)
+    if _has_hyperparameters(config):
+        known |= {name for loss in LOSSES.values() for name in hyperparameters(loss)}
+    lines = file.read_text().splitlines()
+    for key in values:
+        if key not in known:
+            line = next((i for i, text in enumerate(lines, 1) if text.startswith(f"{key}:")), 1)
+            raise UserError(f"{file}:{line}: {key}: no such key{nearest(str(key), known)}")
+
+
+def nearest(name: str, known, prefix: str = "") -> str:
+    """ "; did you mean ...?", by the whole name or by its beginning."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        beginning = difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
+        return max(whole, 0.95 * beginning)
+
+    best = max(known, key=likeness, default="")
+    return f"; did you mean {prefix}{best}?" if best and likeness(best) >= 0.6 else ""
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, *value = argument[2:].split("=", 1)
+    return "=".join(["--" + name.replace("-", "_"), *value])
