@@ -30,7 +30,7 @@ test-full: $(VENV)/.peers  ## adds the slower proofs and the parity tests agains
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build runs .links kernels/_C*.so *.egg-info
