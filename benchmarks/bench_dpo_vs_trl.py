@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--search_pairs", type=int, default=48, help="to find TRL's best setting")
     parser.add_argument("--bf16_pairs", type=int, default=96, help="bfloat16 is slow on most CPUs")
+    both = ["float32", "bfloat16"]
+    parser.add_argument("--precisions", nargs="+", choices=both, default=both)
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     if args.data is None:
@@ -193,7 +195,7 @@ def main() -> None:
 def compare(model: Path, pairs: list[dict], args) -> tuple[list[dict], list[dict]]:
     """TRL's best setting by a short search per precision, then both on all pairs."""
     search, measured = [], []
-    for precision in ("float32", "bfloat16"):
+    for precision in args.precisions:
         bf16 = precision == "bfloat16"
         for micro in args.micro:
             run = run_trl(model, pairs[: args.search_pairs], args, bf16, micro)
