@@ -53,8 +53,9 @@ def make_model(folder: Path, tokenizer_folder: Path) -> int:
 
 def take_pairs(data: Path, tokenizer_folder: Path, count: int, max_length: int) -> list[dict]:
     """The first pairs that both systems train on whole rows of."""
-    from prefuse.trainer.data import load_rows, pair_examples
+    from prefuse.trainer.data import pair_examples
     from prefuse.trainer.model import load_tokenizer
+    from prefuse.trainer.rows import load_rows
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
     rows = load_rows(str(data / "prefs" / "hh_rlhf_train.jsonl"))

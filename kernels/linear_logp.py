@@ -209,7 +209,13 @@ class _LinearTokenLoss(torch.autograd.Function):
             d_hidden = d_hidden * grad_loss[:, None].to(d_hidden.dtype)
         if len(grad_loss) and (d_weight is not None or d_bias is not None):
             # a sum's gradient is one number expanded; anything else is compared, which waits
-            if grad_loss.stride(0) != 0 and not bool((grad_loss == grad_loss[0]).all()):
+            if (
+                grad_loss.stride(0) != 0
+                and bool((grad_loss != grad_loss[0]).any())
+                and bool(
+                    grad_loss.isfinite().all()  # not finite is the caller's to find
+                )
+            ):
                 raise RuntimeError(
                     "linear_token_loss: wanted one upstream gradient for all tokens, as of "
                     "loss.sum() * constant; got different ones. Pass per-token weights through "

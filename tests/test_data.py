@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 from tiny import WORDS, tiny_tokenizer, write_rows
 
-from prefuse.trainer.data import (
-    FILE_KINDS,
-    Row,
-    common_prefix,
-    load_rows,
-    pair_examples,
-    sft_examples,
-)
+from prefuse.trainer.data import common_prefix, pair_examples, sft_examples
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.rows import FILE_KINDS, Row, load_rows
 
 EOS = "</s>"
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from prefuse.trainer.cli import main
-from prefuse.trainer.data import load_rows, pair_examples
+from prefuse.trainer.data import pair_examples
 from prefuse.trainer.model import load_tokenizer
+from prefuse.trainer.rows import load_rows
 
 trl = pytest.importorskip("trl", reason="parity needs the `peers` extra")
 if not trl.__version__.startswith("1.16"):

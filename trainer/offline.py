@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,13 +13,14 @@ from prefuse.kernels.preference import LOSSES, uses_reference
 from . import checkpoint, objectives
 from .batch import pack
 from .config import DPOConfig, SFTConfig, TrainConfig, updated
-from .data import Example, Row, load_rows, pair_examples, sft_examples
+from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
 from .errors import UserError
 from .loop import autocast, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
 from .report import Report, claim_folder
+from .rows import Row, load_rows
 from .schedule import share_out
 from .scores import Scorer, probe
 
@@ -69,8 +71,8 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
         config, config.model_name_or_path, tokenizer, examples + held_out, ranks
     )
     report = Report(config, name, ranks)
-    if note:
-        report.say(note)
+    report.say(note or f"layout: {config.layout}")
+    report.say(f"head: {scorer.plan(ranks.device)}")
     for data, ledger in ledgers.items():
         for line in ledger.lines():
             report.say(f"{data}: {line}")
@@ -134,7 +136,9 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
 def _prepare(config, scorer: Scorer) -> None:
     """Memory and speed options of the model that is trained."""
     if config.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model: Any = scorer.model  # transformers 5.23 renamed it and warns of the old name
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.torch_compile:
         for layer in decoder_layers(scorer):
             layer.compile()
@@ -144,7 +148,9 @@ def _reference(config: DPOConfig, examples: list[Example], ranks: Ranks, report)
     """pi_ref: a frozen model kept beside the policy, or its scores of the data."""
     name = config.ref_model_name_or_path or config.model_name_or_path
     tokenizer = load_tokenizer(name, config.trust_remote_code)
-    _, scorer, _ = load_scorer(config, name, tokenizer, examples, ranks)
+    _, scorer, note = load_scorer(config, name, tokenizer, examples, ranks)
+    if scorer.layout != config.layout:
+        raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
     scorer.requires_grad_(False)
     score = objectives.live_reference(shard(scorer, ranks))
 

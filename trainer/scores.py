@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, plan
 
 from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence
@@ -26,6 +26,17 @@ class Scorer(nn.Module):
         self.layout = layout
         self.head_budget = head_budget
         self.options = head_options(model)
+
+    def plan(self, device: torch.device) -> str:
+        """How the head will run, in words."""
+        weight = output_head(self.model).weight
+        most = plan(
+            1 << 40, len(weight), weight.dtype, budget_bytes=self.head_budget, device=device
+        )
+        return (
+            f"stash of up to {most.stash_bytes >> 20} MiB, the exponentials of {most.stash_rows} "
+            "scored tokens a micro-batch; the rest is recomputed"
+        )
 
     def forward(
         self, batch: PackedBatch, outputs: tuple[str, ...] = ("logp",), token_loss=None, extras=()
