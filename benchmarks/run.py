@@ -24,7 +24,12 @@ def main() -> None:
     args = parser.parse_args()
     info = machine()
     limits = ceilings()
-    sections = {name: importlib.import_module(f"bench_{name}").rows() for name in args.only}
+    sections = {}
+    for name in args.only:
+        module = importlib.import_module(f"bench_{name}")
+        sections[name] = module.rows()
+        if hasattr(module, "memory_rows"):
+            sections[f"{name}: peak memory"] = module.memory_rows()
     slug = re.sub(r"[^a-z0-9]+", "-", str(info["device"]).lower()).strip("-")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"kernels-{slug}"
