@@ -54,11 +54,11 @@ def for_device(table: dict[str, int], device: torch.device) -> int:
     return table.get(device.type, table["cuda"])
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with float32 accumulation and a float32 result, from operands of either width."""
     if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _columns(vocab: int, rows: int, tile_bytes: int) -> Iterator[slice]:
@@ -72,15 +72,23 @@ def _tile_width(rows: int, tile_bytes: int) -> int:
     return 1 << max(8, (tile_bytes // (4 * max(rows, 1))).bit_length() - 1)
 
 
-def _block(head: Head, rows: Rows, columns: slice, out: Tensor | None = None) -> Logits:
-    """GEMM 1 for a tile of the vocabulary."""
+class _Scratch:
+    """One tile of float32 logits, used again for every tile: a heap that frees and allocates a
+    tile at a time, with small tensors between, grows instead."""
+
+    def __init__(self, rows: int, width: int, device: torch.device):
+        self.flat = torch.empty(rows * width, dtype=torch.float32, device=device)
+
+    def tile(self, rows: int, columns: slice) -> Tensor:
+        width = columns.stop - columns.start
+        return self.flat[: rows * width].view(rows, width)
+
+
+def _block(head: Head, rows: Rows, columns: slice, out: Tensor) -> Logits:
+    """GEMM 1 for a tile of the vocabulary, into `out` [n, v]."""
     weight = head.weight[columns].to(head.options.dtype).t()
-    if out is not None:
-        raw = torch.mm(rows.hidden, weight, out=out)
-    else:
-        raw = _matmul(rows.hidden, weight)
     return Logits(
-        raw,
+        _matmul(rows.hidden, weight, out),
         rows.targets,
         rows.anchor,
         rows.inverse_temperature,
@@ -107,12 +115,15 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
     n, vocab = len(rows.targets), len(head.weight)
     tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
     width = _tile_width(n, tile_bytes)
+    in_place = rows.kept is not None and rows.kept.dtype == torch.float32
+    scratch = None if in_place else _Scratch(n, min(width, vocab), rows.hidden.device)
     parts = []
     for columns in _columns(vocab, n, tile_bytes):
         store = None if rows.kept is None else rows.kept[:, columns]
-        in_place = store is not None and store.dtype == head.options.dtype == torch.float32
-        block = _block(head, rows, columns, out=store if in_place else None)
+        block = _block(head, rows, columns, scratch.tile(n, columns) if scratch else store)
         parts.append(fold_forward(head.options.impl, block, store))
+        if store is None and len(parts) == 16:  # only E, once stored, needs the parts apart
+            parts = [merge(torch.cat(parts))[None]]
     parts = torch.cat(parts)
     if rows.kept is not None:
         reanchor(
@@ -125,11 +136,11 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
 
 
 def _gradient_tile(
-    head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool
+    head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool, scratch: _Scratch
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d raw logits [n, v] in the GEMM dtype, up to a factor [n, 1] (None: no factor)."""
     if rows.kept is None:
-        block = _block(head, rows, columns)
+        block = _block(head, rows, columns, scratch.tile(len(rows.targets), columns))
         grad = (
             block.raw
             if head.options.dtype == torch.float32
@@ -178,18 +189,18 @@ def head_backward(
     written once. `plain`: only logp has an upstream gradient.
     """
     longest = max((len(rows.targets) for rows, _ in runs), default=0)
-    tile_bytes = for_device(BACKWARD_TILE, head.weight.device)
-    for columns in _columns(len(head.weight), longest, tile_bytes):
+    vocab, device = len(head.weight), head.weight.device
+    tile_bytes = for_device(BACKWARD_TILE, device)
+    again = max((len(rows.targets) for rows, _ in runs if rows.kept is None), default=0)
+    scratch = _Scratch(again, min(_tile_width(longest, tile_bytes), vocab), device)
+    for columns in _columns(vocab, longest, tile_bytes):
         weight = head.weight[columns].to(head.options.dtype)
         weight_sum = None if d_weight is None else _Sum(d_weight[columns], accumulate)
         bias_sum = None if d_bias is None else _Sum(d_bias[columns], accumulate)
         for index, (rows, c) in enumerate(runs):
-            grad, factor = _gradient_tile(head, rows, c, columns, plain)
+            grad, factor = _gradient_tile(head, rows, c, columns, plain, scratch)
             if d_hidden is not None:
-                part = _matmul(grad, weight)
-                d_hidden[index].add_(part) if factor is None else d_hidden[index].addcmul_(
-                    part, factor
-                )
+                _add_product(d_hidden[index], grad, weight, factor)
             if weight_sum is not None:
                 hidden = (
                     rows.hidden if factor is None else (rows.hidden * factor).to(head.options.dtype)
@@ -200,6 +211,16 @@ def head_backward(
         for total in (weight_sum, bias_sum):
             if total is not None:
                 total.write()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+    """total += factor * (a @ b), in float32."""
+    if factor is not None:
+        total.addcmul_(_matmul(a, b), factor)
+    elif a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total.add_(_matmul(a, b))
 
 
 class _Sum:
@@ -216,12 +237,10 @@ class _Sum:
         self.empty = False
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        if a.dtype != torch.float32:
-            self.add(_matmul(a, b))
-        elif self.empty:
-            torch.mm(a, b, out=self.total)
+        if self.empty:
+            _matmul(a, b, self.total)
         else:
-            self.total.addmm_(a, b)
+            _add_product(self.total, a, b, None)
         self.empty = False
 
     def write(self) -> None:

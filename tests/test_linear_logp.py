@@ -1,6 +1,9 @@
 """The fused head against its float64 reference: every output, gradient, mode and implementation."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,6 +326,15 @@ def test_stash_refuses_entropy_under_a_softcap():
         linear_logp(
             *inputs[:3], softcap=5.0, outputs=("logp", "entropy"), mode="stash", impl="torch"
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs Linux")
+def test_recompute_stays_far_below_the_logits():
+    n, h, v = 2048, 64, 50257
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_linear_logp.py"
+    case = ["--case", "prefuse recompute", "--shape", str(n), str(h), str(v)]
+    extra = subprocess.run([sys.executable, script, *case], capture_output=True, check=True).stdout
+    assert float(extra) < n * v * 4 / 1e6 / 8
 
 
 BAD = {
