@@ -159,6 +159,7 @@ def main() -> None:
     if args.data is None:
         parser.error("--data or PREFUSE_DATA must name the folder of data")
     torch.set_num_threads(os.cpu_count() or 1)
+    here = machine()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         tokenizer = args.data / "tokenizers" / "gpt2"
@@ -166,7 +167,7 @@ def main() -> None:
         pairs = take_pairs(args.data, tokenizer, args.pairs, args.max_length)
         measured, search = compare(model, pairs, args)
     info = {
-        **machine(),
+        **here,
         "peer": "trl 1.16.0",
         "model": f"Llama, {parameters / 1e6:.1f}M parameters, {MODEL | HEADS}",
         "data": f"{len(pairs)} HH-RLHF pairs, max_length {args.max_length}, {args.batch} a step",

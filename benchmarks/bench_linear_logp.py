@@ -7,6 +7,7 @@ python benchmarks/bench_linear_logp.py --memory   peak memory, one process a cas
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from common import (
     table,
 )
 
-from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, reference
 
 # (N, H, V): a small model with GPT-2's vocabulary, then Qwen2-0.5B's and an 8B model's head
 SHAPES = {
@@ -43,7 +44,8 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype):
 
 
 def methods() -> dict:
-    """name -> (vocabulary GEMMs, function of hidden, weight, targets that gives logp [N])."""
+    """name -> (vocabulary GEMMs, function of hidden, weight, targets that gives logp [N], or its
+    sum where the method can give no more)."""
 
     def mode(name):
         return lambda h, w, y: linear_logp(h, w, y, mode=name).logp
@@ -56,11 +58,42 @@ def methods() -> dict:
             3,
             lambda h, w, y: -F.cross_entropy((h @ w.t()).float(), y, reduction="none"),
         ),
+        **peers(),
     }
 
 
 def _nll(stats):
     return -stats.logp
+
+
+def peers() -> dict:
+    """As `methods`: the fused heads of the packages installed that run on this device."""
+    found = {}
+    with contextlib.suppress(ImportError):
+        from trl.kernels import ChunkedLogProbFunction
+
+        found["TRL fused head"] = (
+            4,
+            lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ())[
+                0
+            ],
+        )
+    if device().type != "cuda":
+        return found
+    with contextlib.suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["CCE, unfiltered"] = (
+            4,
+            lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none", filter_eps=None),
+        )
+        found["CCE"] = (4, lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none"))
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        found["Liger, sum only"] = (3, lambda h, w, y: -liger(w, h, y))
+    return found
 
 
 def step(function, hidden, weight, targets) -> None:
@@ -69,14 +102,18 @@ def step(function, hidden, weight, targets) -> None:
 
 
 def rows() -> list[dict]:
-    """Forward and backward of each method on each shape."""
+    """Forward and backward of each method on each shape; the error of logp is absolute, in nats,
+    against float64, over 64 tokens."""
     limit = ceilings()["tflops"]
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     out = []
     for shape in SHAPES[device().type]:
+        n, h, v = shape
         hidden, weight, targets = inputs(shape, dtype)
+        exact = reference(hidden[:64].detach().double(), weight.detach().double(), targets[:64])
         for name, (gemms, function) in methods().items():
-            n, h, v = shape
+            logp = function(hidden, weight, targets).detach()
+            error = float((logp[:64] - exact.logp).abs().max()) if logp.dim() else None
             ms = milliseconds(partial(step, function, hidden, weight, targets), seconds=2.0)
             tflops = gemms * 2 * n * h * v / ms / 1e9
             out.append(
@@ -90,6 +127,7 @@ def rows() -> list[dict]:
                     "ms": ms,
                     "TFLOP/s": tflops,
                     "% of matmul": 100 * tflops / limit,
+                    "max error": error,
                 }
             )
     return out
@@ -110,7 +148,7 @@ def memory_case(name: str, shape: tuple[int, int, int]) -> float:
 
 def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
     out = []
-    for name in ("prefuse recompute", "prefuse stash", "naive logits"):
+    for name in methods():
         command = [sys.executable, __file__, "--case", name, "--shape", *map(str, shape)]
         extra = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         n, h, v = shape

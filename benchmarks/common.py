@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _resident(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux")
 
 
+@cache
 def ceilings() -> dict[str, float]:
     """Measured limits of this machine: GB/s of a large copy, TFLOP/s of a large matrix product."""
     dev = device()

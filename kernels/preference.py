@@ -49,31 +49,28 @@ class Pair(NamedTuple):
 
 
 def sigmoid(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
-    """DPO, arXiv:2305.18290: -log sigmoid(beta delta).
-
-    With label_smoothing e it is cDPO: -(1 - e) log sigmoid(beta delta) - e log sigmoid(-beta
-    delta), for labels that are wrong with probability e.
-    """
+    """DPO, arXiv:2305.18290: -log sigmoid(beta delta); cDPO with label smoothing."""
     chosen, rejected = pair.log_ratios()
-    z = beta * (chosen - rejected)
-    loss = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    loss = _smoothed(_logistic, beta * (chosen - rejected), label_smoothing)
     return _objective(loss, beta * chosen, beta * rejected)
 
 
-def hinge(pair: Pair, *, beta: float = 0.1) -> Objective:
+def hinge(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """RSO's hinge, arXiv:2309.06657: max(0, 1 - beta delta)."""
     chosen, rejected = pair.log_ratios()
-    return _objective(F.relu(1 - beta * (chosen - rejected)), beta * chosen, beta * rejected)
+    loss = _smoothed(lambda z: F.relu(1 - z), beta * (chosen - rejected), label_smoothing)
+    return _objective(loss, beta * chosen, beta * rejected)
 
 
-def ipo(pair: Pair, *, beta: float = 0.1) -> Objective:
+def ipo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """IPO, arXiv:2310.12036 eq. 17, on log-ratios per token: (delta - 1 / (2 beta))^2.
 
     beta is the paper's tau. Means, as in TRL and as the authors confirmed there; the equation as
     printed has sums, for which tau would depend on the length.
     """
     chosen, rejected = pair.mean_log_ratios()
-    loss = (chosen - rejected - 1 / (2 * beta)) ** 2
+    target = 1 / (2 * beta)
+    loss = _smoothed(lambda delta: (delta - target) ** 2, chosen - rejected, label_smoothing)
     return _objective(loss, beta * chosen, beta * rejected)
 
 
@@ -85,9 +82,21 @@ def simpo(
     No reference model.
     """
     chosen, rejected = pair.mean_logps()
-    z = beta * (chosen - rejected) - gamma
-    loss = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    loss = _smoothed(_logistic, beta * (chosen - rejected) - gamma, label_smoothing)
     return _objective(loss, beta * chosen, beta * rejected)
+
+
+def _logistic(z: Tensor) -> Tensor:
+    return -F.logsigmoid(z)
+
+
+def _smoothed(link: Callable[[Tensor], Tensor], z: Tensor, label_smoothing: float) -> Tensor:
+    """(1 - e) link(z) + e link(-z), for labels that are wrong with probability e (cDPO,
+    https://ericmitchell.ai/cdpo.pdf)."""
+    expect(0 <= label_smoothing <= 1, "label_smoothing", "a probability", label_smoothing)
+    if label_smoothing == 0:
+        return link(z)
+    return (1 - label_smoothing) * link(z) + label_smoothing * link(-z)
 
 
 def _objective(loss: Tensor, chosen_reward: Tensor, rejected_reward: Tensor) -> Objective:

@@ -116,11 +116,12 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
     tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
     width = _tile_width(n, tile_bytes)
     in_place = rows.kept is not None and rows.kept.dtype == torch.float32
-    scratch = None if in_place else _Scratch(n, min(width, vocab), rows.hidden.device)
+    scratch = _Scratch(0 if in_place else n, min(width, vocab), rows.hidden.device)
     parts = []
     for columns in _columns(vocab, n, tile_bytes):
         store = None if rows.kept is None else rows.kept[:, columns]
-        block = _block(head, rows, columns, scratch.tile(n, columns) if scratch else store)
+        out = store if store is not None and in_place else scratch.tile(n, columns)
+        block = _block(head, rows, columns, out)
         parts.append(fold_forward(head.options.impl, block, store))
         if store is None and len(parts) == 16:  # only E, once stored, needs the parts apart
             parts = [merge(torch.cat(parts))[None]]

@@ -159,6 +159,7 @@ def test_a_flag_overrides_the_file(tmp_path):
         (["--no-shuffle-dataset"], "shuffle_dataset", False),
         (["--max_steps", "-1"], "max_steps", -1),
         (["--max_length", "none"], "max_length", None),
+        (["--resume_from_checkpoint", "false"], "resume_from_checkpoint", None),
         (["--max_length=64"], "max_length", 64),
         (["--output_dir=a-b=c"], "output_dir", "a-b=c"),
         (["--warmup_steps", "0.1"], "warmup_steps", 0.1),

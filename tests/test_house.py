@@ -1,6 +1,7 @@
 """The layout of the packages, and what may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,28 @@ def test_kernels_import_without_triton_and_extension():
     )
     names = [p.stem for p in (ROOT / "kernels").glob("*.py")]
     subprocess.run([sys.executable, "-c", code, *names], check=True, cwd="/")
+
+
+def test_the_readme_shows_a_loss_as_it_is():
+    block = next(x for x in (ROOT / "README.md").read_text().split("```") if "def hinge" in x)
+    assert block.removeprefix("python\n") in (ROOT / "kernels" / "preference.py").read_text()
+
+
+def test_the_readme_maps_every_file():
+    """Each with its lines, right to a tenth."""
+    listed = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if match := re.match(r"(\w+)/( |$)", line):
+            folder = match[1]
+        elif match := re.match(r"  (\S+) +(\d+)  \S", line):
+            listed[folder, match[1]] = int(match[2])
+    lines: dict[tuple[str, str], int] = {}
+    for folder, suffixes in ("csrc", (".h", ".cpp", ".cu")), ("kernels", ".py"), ("trainer", ".py"):
+        for path in (ROOT / folder).iterdir():
+            if path.name.endswith(suffixes):
+                name = path.stem if (folder, path.stem) in listed else path.name
+                count = len(path.read_text().splitlines())
+                lines[folder, name] = lines.get((folder, name), 0) + count
+    assert listed.keys() == lines.keys()
+    for key, count in lines.items():
+        assert abs(listed[key] - count) <= 5 + count / 10, (key, listed[key], count)

@@ -27,7 +27,9 @@ CASES = [
     ("sigmoid", dict(beta=0.5, label_smoothing=0.1), 0.9 * softplus(-1) + 0.1 * softplus(1)),
     ("hinge", dict(beta=0.2), 0.6),
     ("hinge", dict(beta=1.0), 0.0),
+    ("hinge", dict(beta=0.2, label_smoothing=0.25), 0.75 * 0.6 + 0.25 * 1.4),
     ("ipo", dict(beta=1.0), (1 / 2 + 1 / 3 - 1 / 2) ** 2),
+    ("ipo", dict(beta=1.0, label_smoothing=0.5), 0.5 * (1 / 3) ** 2 + 0.5 * (4 / 3) ** 2),
     ("simpo", dict(beta=2.0, gamma=1.0), softplus(-1)),
     (
         "simpo",
@@ -98,6 +100,7 @@ def test_hyperparameters_come_from_the_signature():
 BAD = {
     "loss_type: wanted one of sigmoid": dict(loss_type="dpo"),
     "gamma: wanted a hyperparameter of sigmoid: beta, label_smoothing": dict(gamma=1.0),
+    "label_smoothing: wanted a probability; got 1.5": dict(label_smoothing=1.5),
     "ref_chosen: wanted a tensor": dict(ref_chosen=None),
     r"rejected: wanted \(1,\); got \(2,\)": dict(rejected=torch.zeros(2)),
     "chosen_len: wanted a tensor": dict(loss_type="ipo"),

@@ -69,7 +69,7 @@ def found(tmp_path_factory):
     logs = "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in sorted(top.glob("*/*.log")))
     assert all(p.wait() == 0 for p in processes), logs
     for world in WORLDS[1:]:
-        results[world] = torch.load(top / str(world) / "found.pt", weights_only=False)
+        results[world] = torch.load(top / str(world) / "found.pt", weights_only=True)
     return SimpleNamespace(results=results, folder=top)
 
 

@@ -1,8 +1,8 @@
 """Against TRL 1.16's own DPOTrainer: the same tokens, and the same losses step by step.
 
 Two conventions differ and are kept out of the comparison: TRL trains on identical pairs, which
-have no gradient and which prefuse skips; and TRL's `sigmoid` ignores label_smoothing, which in
-prefuse makes it cDPO.
+have no gradient and which prefuse skips; and TRL ignores label_smoothing for these losses, which in
+prefuse makes them their cDPO forms.
 """
 
 import json

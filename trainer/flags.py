@@ -59,7 +59,8 @@ class _Parser(HfArgumentParser):
 
 
 def _widen_optional(parser: argparse.ArgumentParser, config: type) -> None:
-    """`none` for a field that may be None; a bare flag for one that may be True."""
+    """`none` for a field that may be None, or `false` if it is text; a bare flag for one that may
+    be True."""
     parser._negative_number_matcher = re.compile(r"^-\.?\d")  # argparse's own knows no -1e-6
     kinds = get_type_hints(config)
     for action in parser._actions:
@@ -74,8 +75,11 @@ def _is_optional(kind: Any) -> bool:
 
 
 def _or_none(kind):
+    # `resume_from_checkpoint: false` is what TRL's users write
+    nothing = ("none", "null", "false") if kind is str else ("none", "null")
+
     def convert(text: str):
-        return None if text.lower() in ("none", "null") else kind(text)
+        return None if text.lower() in nothing else kind(text)
 
     convert.__name__ = f"{kind.__name__} or none"
     return convert
