@@ -71,6 +71,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def test_the_first_step_the_last_and_every_nth_are_logged(run):
+    steps = ("--max_steps", "6", "--logging_steps", "4")
+    assert [x["step"] for x in run("sft", "out", *steps)] == [1, 4, 6]
+    later = run("sft", "later", *steps, "--logging_first_step", "false")
+    assert [x["step"] for x in later] == [4, 6]
+
+
 def test_sft_overfits(run):
     options = ("--max_steps", "80", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant")
     lines = run("sft", "out", *options, rows=sft_rows(6))

@@ -83,6 +83,7 @@ class TrainConfig:
     )
 
     logging_steps: int = flag(default=10, help="Steps between log lines.")
+    logging_first_step: bool = flag(default=True, help="Log the first step, too.")
     eval_strategy: Literal["no", "steps", "epoch"] = flag(default="no", help="When to evaluate.")
     eval_steps: int = flag(default=500, help="Steps between evaluations.")
     eval_on_start: bool = flag(default=False, help="Evaluate before the first step, too.")

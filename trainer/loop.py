@@ -60,7 +60,7 @@ def train(
 
             done = step + 1
             progress.update(bar, completed=done)
-            if done % config.logging_steps == 0 or done == schedule.total_steps:
+            if logs(config, done, schedule):
                 values = meter.read()
                 epoch = done / schedule.steps_per_epoch
                 report.metrics(done, {**values, "learning_rate": rate, "epoch": epoch})
@@ -176,6 +176,11 @@ def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> 
         f"gradient norm {float(grad_norm)}); the weights are as they were before it. "
         f"Rows: {shown}. Lower --learning_rate, or look at those rows"
     )
+
+
+def logs(config, done: int, schedule: Schedule) -> bool:
+    first = config.logging_first_step and done == 1
+    return first or done % config.logging_steps == 0 or done == schedule.total_steps
 
 
 def evaluates(config, done: int, schedule: Schedule) -> bool:
