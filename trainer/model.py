@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -126,7 +127,12 @@ def export(
     model: PreTrainedModel, state: dict[str, Tensor] | None, tokenizer, folder: Path
 ) -> None:
     """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer."""
+    # published models carry generation settings that some transformers refuse to save again
+    settings, model.generation_config = model.generation_config, GenerationConfig()
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=state)
     model.config.use_cache = False
+    model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
