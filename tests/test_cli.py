@@ -88,7 +88,8 @@ def assert_told(result: tuple[object, str], *wanted: str) -> None:
         (["--eval_strategy", "steps"], "--eval_strategy: wanted held-out rows"),
         (["--num_train_epochs", "0"], "--num_train_epochs: wanted a positive number"),
         (["--max_length", "1"], "--max_length: wanted 2 or more; got 1"),
-        (["--loss_type", "sigmoyd"], "--loss_type: wanted one of sigmoid, hinge, ipo, simpo; got"),
+        (["--loss_type", "sigmoyd"], "--loss_type: wanted one of sigmoid, sigmoid_norm, robust"),
+        (["--loss_type", "mmpo"], "--loss_type mmpo: it reads margin of every pair"),
         (["--gamma", "1"], "--gamma: loss 'sigmoid' has no such hyperparameter; it takes beta"),
         (["--config"], "--config: wanted a YAML file; got nothing"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),
@@ -176,7 +177,7 @@ def test_methods_are_listed_and_told(capsys):
     listed = capsys.readouterr().out
     assert re.search(r"^simpo .*gamma=1\.0", listed, re.M) and "2305.18290" in listed
     main(["methods", "ipo"])
-    assert "tau would depend on the length" in capsys.readouterr().out
+    assert "tau depends on the length" in capsys.readouterr().out
 
 
 def test_help_does_not_wait_for_torch(capsys):

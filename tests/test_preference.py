@@ -6,37 +6,75 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prefuse.kernels.preference import (
-    LOSSES,
-    hyperparameters,
-    preference_loss,
-    uses_reference,
-)
+from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preference_loss
 
 # chosen -2 of 2 tokens (ref -3), rejected -6 of 3 tokens (ref -5): rho = 1 and -1, delta = 2
 PAIR = dict(chosen=-2.0, rejected=-6.0, ref_chosen=-3.0, ref_rejected=-5.0)
 LENGTHS = dict(chosen_len=2.0, rejected_len=3.0)
+JUDGED = dict(margin=math.log(3), preference=0.75)
+EXTRA = LENGTHS | JUDGED
 
 
-def softplus(x: float) -> float:
-    return math.log1p(math.exp(x))
+def h(z: float) -> float:
+    return math.log1p(math.exp(-z))
 
 
+def s(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def log_odds(m: float) -> float:
+    return m - math.log(1 - math.exp(m))
+
+
+E = math.e
 CASES = [
-    ("sigmoid", dict(beta=0.5), softplus(-1)),
-    ("sigmoid", dict(beta=0.5, label_smoothing=0.1), 0.9 * softplus(-1) + 0.1 * softplus(1)),
+    ("sigmoid", dict(beta=0.5), h(1)),
+    ("sigmoid", dict(beta=0.5, label_smoothing=0.1), 0.9 * h(1) + 0.1 * h(-1)),
+    ("sigmoid_norm", dict(beta=6.0), h(5)),
+    ("robust", dict(beta=0.5, label_smoothing=0.25), (0.75 * h(1) - 0.25 * h(-1)) / 0.5),
     ("hinge", dict(beta=0.2), 0.6),
     ("hinge", dict(beta=1.0), 0.0),
     ("hinge", dict(beta=0.2, label_smoothing=0.25), 0.75 * 0.6 + 0.25 * 1.4),
+    ("slic", dict(delta=5.0, nll_coef=0.5), 2.0),
     ("ipo", dict(beta=1.0), (1 / 2 + 1 / 3 - 1 / 2) ** 2),
     ("ipo", dict(beta=1.0, label_smoothing=0.5), 0.5 * (1 / 3) ** 2 + 0.5 * (4 / 3) ** 2),
-    ("simpo", dict(beta=2.0, gamma=1.0), softplus(-1)),
+    ("ipo_sum", dict(beta=0.1), 9.0),
+    ("fdpo_forward_kl", dict(beta=0.5), h(0.5 * (E - 1 / E))),
+    ("fdpo_jsd", dict(beta=2.0), h(2 * (math.log(s(1)) - math.log(s(-1))))),
+    ("fdpo_alpha", dict(beta=0.5, alpha=1.0), h(0.5 * (E - 1 / E))),
+    ("fdpo_alpha", dict(beta=0.5, alpha=0.5), h(E**0.5 - E**-0.5)),
     (
-        "simpo",
-        dict(beta=1.0, gamma=0.0, label_smoothing=0.2),
-        0.8 * softplus(-1) + 0.2 * softplus(1),
+        "exo_pair",
+        dict(beta=0.5, label_smoothing=0.2),
+        s(1) * (-h(1) - math.log(0.8)) + s(-1) * (-h(-1) - math.log(0.2)),
     ),
+    ("nca_pair", dict(beta=2.0), h(2) + h(-2) / 2 + h(2) / 2),
+    ("bco_pair", dict(beta=2.0), 2 * h(2)),
+    ("bco_pair", dict(beta=2.0, shift=1.0), h(1) + h(3)),
+    ("sppo_hard", dict(beta=0.25), 2.0),
+    ("sppo", dict(beta=0.125), 2.0),
+    ("apo_zero", dict(beta=2.0), 2 * s(-2)),
+    ("apo_down", dict(beta=2.0), s(2) + s(-4)),
+    ("discopop", dict(beta=0.5, tau=1.0), s(-1) * h(1) + s(1) / E),
+    ("simpo", dict(beta=2.0, gamma=1.0), h(1)),
+    ("simpo", dict(beta=1.0, gamma=0.0, label_smoothing=0.2), 0.8 * h(1) + 0.2 * h(-1)),
+    ("alphapo", dict(beta=2.0, gamma=1.0, alpha=0.0), h(1)),
+    ("alphapo", dict(beta=1.0, gamma=0.0, alpha=1.0), h(E**2 - E)),
+    ("cpo", dict(beta=0.25, nll_coef=2.0), h(1) + 2.0),
+    ("orpo", dict(beta=0.5), 1 + 0.5 * h(log_odds(-1) - log_odds(-2))),
+    ("rdpo", dict(beta=1.0, alpha=0.5), h(1.5)),
+    ("dpop", dict(beta=0.5, penalty=3.0), h(1)),
+    ("dpo_nll", dict(beta=0.5, nll_coef=3.0), h(1) + 3),
+    ("cpl", dict(alpha=0.5, bias=0.5), h(0.5)),
+    ("mmpo", dict(beta=0.5, gamma=1.0), 0.75 * h(1) + 0.25 * h(-1)),
+    ("osp", dict(beta=0.5), 0.75 * h(1) + 0.25 * h(-1)),
 ]
+# Losses that a rise of the chosen log-prob can raise: squares and soft targets have a minimum, NCA
+# pulls the chosen reward to log 2, robust DPO and EXO turn past a margin, APO-down lowers both, and
+# DiscoPOP as published rises around z = 0.
+NOT_MONOTONE = {"ipo", "ipo_sum", "sppo_hard", "sppo", "mmpo", "osp"}
+NOT_MONOTONE |= {"nca_pair", "robust", "exo_pair", "apo_down", "discopop"}
 
 
 def tensors(values: dict[str, float], dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -45,7 +83,7 @@ def tensors(values: dict[str, float], dtype=torch.float64) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("name, given, value", CASES)
 def test_worked_by_hand(name, given, value):
-    objective = preference_loss(**tensors(PAIR | LENGTHS), loss_type=name, **given)
+    objective = preference_loss(**tensors(PAIR | EXTRA), loss_type=name, **given)
     assert objective.unit == "pair"
     assert_close(objective.loss, torch.tensor([value], dtype=torch.float64))
 
@@ -54,33 +92,78 @@ def test_every_loss_has_a_case():
     assert {name for name, _, _ in CASES} == set(LOSSES)
 
 
+def draw(p: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Random pairs in float64, of lengths 2 to 8 and log-probs around -2 a token."""
+    lengths = {k: torch.randint(2, 9, (p,)).double() for k in LENGTHS}
+    logps = {}
+    for name in PAIR:
+        n = lengths["chosen_len" if "chosen" in name else "rejected_len"]
+        logps[name] = -n * (1 + torch.rand(p, dtype=torch.float64) * 2 * scale)
+    judged = dict(margin=torch.randn(p).double(), preference=torch.rand(p).double())
+    return logps | lengths | judged
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck_and_sign(name):
-    """Raising the chosen log-prob must not raise the loss; the reference gets no say in it."""
-    p = 6
-    values = {k: torch.randn(p, dtype=torch.float64) * 2 - 8 for k in PAIR}
-    lengths = {k: torch.randint(2, 9, (p,)).double() for k in LENGTHS}
-    chosen, rejected = (values.pop(k).requires_grad_() for k in ("chosen", "rejected"))
+    """Raising the chosen log-prob, or lowering the rejected one, must not raise the loss."""
+    given = draw(6)
+    chosen, rejected = (given.pop(k).requires_grad_() for k in ("chosen", "rejected"))
 
     def loss(chosen, rejected):
-        return preference_loss(chosen, rejected, **values, **lengths, loss_type=name).loss
+        return preference_loss(chosen, rejected, **given, loss_type=name).loss
 
     assert torch.autograd.gradcheck(loss, (chosen, rejected))
     grads = torch.autograd.grad(loss(chosen, rejected).sum(), (chosen, rejected))
-    if name != "ipo":  # a square has a minimum: past its target margin the signs turn
+    if name not in NOT_MONOTONE:
         assert (grads[0] <= 0).all() and (grads[1] >= 0).all()
-    else:
-        near = preference_loss(
-            *(torch.full((1,), -3.0).requires_grad_() for _ in range(2)),
-            torch.full((1,), -3.0), torch.full((1,), -3.0),
-            chosen_len=torch.ones(1), rejected_len=torch.ones(1), loss_type="ipo",
-        )  # fmt: skip
-        assert_close(near.loss, torch.tensor([25.0]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_sign_where_policy_and_reference_agree(name):
+    """The first step raises the chosen log-prob and lowers the rejected one, but for APO-down's
+    chosen, which is meant to fall, and for DiscoPOP, whose slope at 0 is -3/4 + (1 - log 2) / 4 tau
+    times beta."""
+    given = tensors(PAIR | EXTRA)
+    given |= dict(ref_chosen=given["chosen"].clone(), ref_rejected=given["rejected"].clone())
+    given["chosen"].requires_grad_()
+    given["rejected"].requires_grad_()
+    preference_loss(**given, loss_type=name).loss.sum().backward()
+    if name == "discopop":
+        slope = 0.1 * (-3 / 4 + (1 - math.log(2)) / (4 * 0.05))
+        assert_close(given["chosen"].grad, torch.tensor([slope], dtype=torch.float64))
+        return
+    assert (given["chosen"].grad < 0) == (name != "apo_down")
+    assert given["rejected"].grad >= 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_log_ratios_stay_finite(name):
+    """Log-ratios of +-80, in float32, in all four combinations."""
+    ratios = torch.tensor([[80.0, 80, -80, -80], [80, -80, 80, -80]])
+    logps = torch.full((2, 4), -100.0, requires_grad=True)
+    ref = logps.detach() - ratios
+    lengths = [torch.full((4,), 5.0)] * 2
+    judged = dict(margin=torch.ones(4), preference=torch.full((4,), 0.75))
+    loss = preference_loss(
+        *logps, *ref, loss_type=name, chosen_len=lengths[0], rejected_len=lengths[1], **judged
+    ).loss
+    loss.sum().backward()
+    assert loss.isfinite().all() and logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_certain_completions_stay_finite(name):
+    """log pi = 0, a probability of 1, on one token."""
+    logps = torch.zeros(2, 3, requires_grad=True)
+    extra = {k: torch.full((3,), 0.5 if k == "preference" else 1.0) for k in EXTRA}
+    loss = preference_loss(*logps, *torch.zeros(2, 3), loss_type=name, **extra).loss
+    loss.sum().backward()
+    assert loss.isfinite().all() and logps.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_metrics_are_detached_and_ties_count_half(name):
-    pair = tensors(dict.fromkeys(PAIR, -4.0) | dict.fromkeys(LENGTHS, 2.0))
+    pair = tensors(dict.fromkeys(PAIR, -4.0) | dict.fromkeys(LENGTHS, 2.0) | JUDGED)
     pair["chosen"].requires_grad_()
     objective = preference_loss(**pair, loss_type=name)
     assert objective.loss.requires_grad
@@ -89,8 +172,37 @@ def test_metrics_are_detached_and_ties_count_half(name):
     assert objective.metrics["rewards/margins"].item() == 0
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_what_it_says(name):
+    """`inputs` is exact: without any of them the loss refuses, with no other it runs."""
+    given = tensors(PAIR | EXTRA)
+    needed = inputs(LOSSES[name])
+    assert preference_loss(**{k: given[k] for k in needed}, loss_type=name).loss.isfinite().all()
+    for absent in set(needed) - {"chosen", "rejected"}:
+        with pytest.raises(ValueError, match=f"{absent}: wanted a tensor"):
+            preference_loss(**{k: given[k] for k in needed if k != absent}, loss_type=name)
+
+
 def test_which_losses_use_a_reference():
-    assert {name for name, loss in LOSSES.items() if not uses_reference(loss)} == {"simpo"}
+    free = {name for name, loss in LOSSES.items() if "ref_chosen" not in inputs(loss)}
+    assert free == {"slic", "simpo", "alphapo", "cpo", "orpo", "cpl"}
+
+
+def test_limits_and_identities():
+    """alpha -> 0 is DPO and SimPO; -1/u is alpha = 1; equal rewards make DPO's soft target 1/2."""
+    given = draw(50)
+
+    def loss(name, **options):
+        needed = inputs(LOSSES[name])
+        return preference_loss(**{k: given[k] for k in needed}, loss_type=name, **options).loss
+
+    assert_close(loss("fdpo_alpha", alpha=1e-7), loss("sigmoid"), rtol=1e-5, atol=0)
+    assert_close(loss("fdpo_alpha", alpha=1.0), loss("fdpo_forward_kl"))
+    assert_close(loss("alphapo", alpha=1e-7), loss("simpo"), rtol=1e-5, atol=0)
+    assert_close(loss("robust", label_smoothing=0.0), loss("sigmoid"))
+    given["preference"] = torch.ones(50).double()
+    assert_close(loss("osp"), loss("sigmoid"))
+    assert_close(loss("sppo", beta=0.3), loss("sppo_hard", beta=0.3))
 
 
 def test_hyperparameters_come_from_the_signature():
@@ -101,6 +213,10 @@ BAD = {
     "loss_type: wanted one of sigmoid": dict(loss_type="dpo"),
     "gamma: wanted a hyperparameter of sigmoid: beta, label_smoothing": dict(gamma=1.0),
     "label_smoothing: wanted a probability; got 1.5": dict(label_smoothing=1.5),
+    "beta: wanted a positive number; got 0": dict(beta=0.0),
+    "alpha: wanted a number in": dict(loss_type="fdpo_alpha", alpha=2.0),
+    "label_smoothing: wanted 0 to below 1/2": dict(loss_type="robust", label_smoothing=0.5),
+    "margin: wanted a tensor": dict(loss_type="mmpo"),
     "ref_chosen: wanted a tensor": dict(ref_chosen=None),
     r"rejected: wanted \(1,\); got \(2,\)": dict(rejected=torch.zeros(2)),
     "chosen_len: wanted a tensor": dict(loss_type="ipo"),

@@ -90,9 +90,10 @@ def _methods(rest: list[str]) -> None:
             raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], LOSSES)}")
         print(LOSSES[rest[0]].__doc__)
         return
+    width = max(map(len, LOSSES))
     for name, loss in LOSSES.items():
         own = ", ".join(f"{k}={v}" for k, v in hyperparameters(loss).items())
-        print(f"{name:<10} {(loss.__doc__ or '').splitlines()[0]}  [{own}]")
+        print(f"{name:<{width}} {(loss.__doc__ or '').splitlines()[0]}  [{own}]")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any, cast, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from prefuse.kernels.preference import LOSSES, hyperparameters
+from prefuse.kernels.preference import LOSSES, hyperparameters, inputs
 
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
+from .objectives import PROVIDED
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
@@ -89,12 +90,13 @@ def _add_hyperparameters(parser: argparse.ArgumentParser, config: type) -> bool:
     """A flag for every hyperparameter of every loss the command may train."""
     if not _has_hyperparameters(config):
         return False
-    users: dict[str, list[str]] = {}
+    users: dict[str, dict[float, list[str]]] = {}
     for loss_name, loss in LOSSES.items():
         for name, default in hyperparameters(loss).items():
-            users.setdefault(name, []).append(f"{loss_name} ({default})")
-    for name, losses in users.items():
-        parser.add_argument(f"--{name}", type=float, help="loss: " + ", ".join(losses))
+            users.setdefault(name, {}).setdefault(default, []).append(loss_name)
+    for name, defaults in users.items():
+        told = (f"{value} for {', '.join(losses)}" for value, losses in defaults.items())
+        parser.add_argument(f"--{name}", type=float, help="Of the loss: " + "; ".join(told) + ".")
     return True
 
 
@@ -108,6 +110,13 @@ def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
         hint = nearest(config.loss_type, LOSSES)
         raise UserError(
             f"--loss_type: wanted one of {', '.join(LOSSES)}; got {config.loss_type}{hint}"
+        )
+    absent = set(inputs(LOSSES[config.loss_type])) - PROVIDED
+    if absent:
+        raise UserError(
+            f"--loss_type {config.loss_type}: it reads {', '.join(sorted(absent))} of every pair, "
+            "which the rows of this command do not have; call "
+            "prefuse.kernels.preference.preference_loss in a loop of your own"
         )
     own = hyperparameters(LOSSES[config.loss_type])
     every = {name for loss in LOSSES.values() for name in hyperparameters(loss)}

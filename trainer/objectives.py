@@ -16,6 +16,9 @@ from prefuse.kernels.segments import segment_sum
 from .batch import PackedBatch
 from .scores import Scorer
 
+# what `dpo` gives a loss of a pair
+PROVIDED = {"chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len"}
+
 Reference = Callable[[PackedBatch], Tensor]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefuse.kernels.preference import LOSSES, uses_reference
+from prefuse.kernels.preference import LOSSES, inputs
 
 from . import checkpoint, objectives
 from .batch import pack
@@ -48,7 +48,7 @@ def run_dpo(config: DPOConfig) -> None:
 
     def method(config: DPOConfig, examples, ranks, report) -> Method:
         reference = None
-        if uses_reference(LOSSES[config.loss_type]):
+        if "ref_chosen" in inputs(LOSSES[config.loss_type]):
             reference = _reference(config, examples, ranks, report)
         return objectives.dpo(reference, config.loss_type, config.hyperparameters)
 
