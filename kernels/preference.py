@@ -1,12 +1,15 @@
-"""Preference losses on sequence log-probabilities, by name; pairs.py has each of them."""
+"""Preference losses on sequence log-probabilities, by name; pair_losses.py has each of them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from .launch import expect
 from .objective import Objective
-from .pairs import LOSSES, Pair, hyperparameters, inputs
+from .pair_losses import LOSSES
+from .pairs import Pair, hyperparameters, inputs
 
 __all__ = ["LOSSES", "Pair", "hyperparameters", "inputs", "preference_loss"]
 
@@ -20,9 +23,7 @@ def preference_loss(
     loss_type: str = "sigmoid",
     chosen_len: Tensor | None = None,
     rejected_len: Tensor | None = None,
-    margin: Tensor | None = None,
-    preference: Tensor | None = None,
-    **hyperparameter: float,
+    **others: Tensor | float,
 ) -> Objective:
     """A preference loss per pair.
 
@@ -31,10 +32,9 @@ def preference_loss(
         ref_chosen, ref_rejected: the same under the reference model, for losses that use it.
         loss_type: a key of LOSSES.
         chosen_len, rejected_len: scored tokens of each completion [P], for losses per token.
-        margin: how much better the chosen completion is [P], as a difference of rewards.
-        preference: the probability [P] that the chosen completion is preferred.
-        hyperparameter: the loss's own, such as beta=0.1 and label_smoothing=0.0; its signature
-            has their names and defaults.
+        others: what else the loss reads, [P], under its name in `Pair` (margin, preference, ...),
+            and its hyperparameters, such as beta=0.1 and label_smoothing=0.0; its signature has
+            their names and defaults.
 
     Returns:
         Objective: loss [P], unit "pair", metrics of the implicit rewards.
@@ -45,21 +45,15 @@ def preference_loss(
     expect(loss_type in LOSSES, "loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
     loss = LOSSES[loss_type]
     known = hyperparameters(loss)
-    for name, value in hyperparameter.items():
+    given: dict[str, Any] = dict(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    given |= dict(chosen_len=chosen_len, rejected_len=rejected_len)
+    given |= {name: others.pop(name) for name in Pair._fields if name in others}
+    for name, value in others.items():
         expect(name in known, name, f"a hyperparameter of {loss_type}: {', '.join(known)}", name)
-        if name in ("beta", "tau"):
-            expect(value > 0, name, "a positive number", value)
-    pair = Pair(
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        chosen_len,
-        rejected_len,
-        margin,
-        preference,
-    )
+        if name in ("beta", "eta"):
+            expect(bool(value > 0), name, "a positive number", value)
+    pair = Pair(chosen, rejected, **given)
     for name, value in pair._asdict().items():
         if value is not None:
             expect(value.shape == chosen.shape, name, tuple(chosen.shape), tuple(value.shape))
-    return loss(pair, **hyperparameter)
+    return loss(pair, **others)

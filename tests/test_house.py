@@ -55,7 +55,7 @@ def test_kernels_import_without_triton_and_extension():
 
 def test_the_readme_shows_a_loss_as_it_is():
     block = next(x for x in (ROOT / "README.md").read_text().split("```") if "def hinge" in x)
-    assert block.removeprefix("python\n") in (ROOT / "kernels" / "pairs.py").read_text()
+    assert block.removeprefix("python\n") in (ROOT / "kernels" / "pair_losses.py").read_text()
 
 
 def test_the_readme_maps_every_file():

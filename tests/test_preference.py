@@ -12,7 +12,9 @@ from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preferen
 PAIR = dict(chosen=-2.0, rejected=-6.0, ref_chosen=-3.0, ref_rejected=-5.0)
 LENGTHS = dict(chosen_len=2.0, rejected_len=3.0)
 JUDGED = dict(margin=math.log(3), preference=0.75)
-EXTRA = LENGTHS | JUDGED
+SCORED = dict(prev_chosen=-2.5, prev_rejected=-5.5, chosen_kl=0.5, rejected_kl=1.5)
+SCORED |= dict(chosen_weight=-math.log(2), rejected_weight=0.0, explored=-4.0)
+EXTRA = LENGTHS | JUDGED | SCORED
 
 
 def h(z: float) -> float:
@@ -69,11 +71,22 @@ CASES = [
     ("cpl", dict(alpha=0.5, bias=0.5), h(0.5)),
     ("mmpo", dict(beta=0.5, gamma=1.0), 0.75 * h(1) + 0.25 * h(-1)),
     ("osp", dict(beta=0.5), 0.75 * h(1) + 0.25 * h(-1)),
+    (
+        "rpo",
+        dict(beta=0.5, eta=1.0),
+        0.75 * (h(1) - math.log(4 / 3)) + 0.25 * (h(-1) - math.log(4)),
+    ),
+    ("wpo", dict(beta=0.5), 0.5 * h(1)),
+    ("tdpo1", dict(beta=0.5), h(0.5)),
+    ("tdpo2", dict(beta=0.5, alpha=0.5), h(0.75)),
+    ("xpo", dict(beta=0.5, alpha=0.5), h(1) - 2),
+    ("inpo", dict(eta=0.25, tau=0.125), 0.25),
+    ("egpo", dict(beta=1.0), (2 - math.log(3)) ** 2),
 ]
 # Losses that a rise of the chosen log-prob can raise: squares and soft targets have a minimum, NCA
 # pulls the chosen reward to log 2, robust DPO and EXO turn past a margin, APO-down lowers both, and
 # DiscoPOP as published rises around z = 0.
-NOT_MONOTONE = {"ipo", "ipo_sum", "sppo_hard", "sppo", "mmpo", "osp"}
+NOT_MONOTONE = {"ipo", "ipo_sum", "sppo_hard", "sppo", "mmpo", "osp", "rpo", "inpo", "egpo"}
 NOT_MONOTONE |= {"nca_pair", "robust", "exo_pair", "apo_down", "discopop"}
 
 
@@ -99,8 +112,8 @@ def draw(p: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
     for name in PAIR:
         n = lengths["chosen_len" if "chosen" in name else "rejected_len"]
         logps[name] = -n * (1 + torch.rand(p, dtype=torch.float64) * 2 * scale)
-    judged = dict(margin=torch.randn(p).double(), preference=torch.rand(p).double())
-    return logps | lengths | judged
+    others = {name: torch.randn(p).double() for name in JUDGED | SCORED}
+    return logps | lengths | others | dict(preference=torch.rand(p).double())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -142,11 +155,8 @@ def test_extreme_log_ratios_stay_finite(name):
     ratios = torch.tensor([[80.0, 80, -80, -80], [80, -80, 80, -80]])
     logps = torch.full((2, 4), -100.0, requires_grad=True)
     ref = logps.detach() - ratios
-    lengths = [torch.full((4,), 5.0)] * 2
-    judged = dict(margin=torch.ones(4), preference=torch.full((4,), 0.75))
-    loss = preference_loss(
-        *logps, *ref, loss_type=name, chosen_len=lengths[0], rejected_len=lengths[1], **judged
-    ).loss
+    extra = {name: torch.full((4,), 5.0 if name in LENGTHS else 0.75) for name in EXTRA}
+    loss = preference_loss(*logps, *ref, loss_type=name, **extra).loss
     loss.sum().backward()
     assert loss.isfinite().all() and logps.grad.isfinite().all()
 
@@ -163,7 +173,8 @@ def test_certain_completions_stay_finite(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_metrics_are_detached_and_ties_count_half(name):
-    pair = tensors(dict.fromkeys(PAIR, -4.0) | dict.fromkeys(LENGTHS, 2.0) | JUDGED)
+    same = dict.fromkeys([*PAIR, "prev_chosen", "prev_rejected"], -4.0)
+    pair = tensors(EXTRA | dict.fromkeys(LENGTHS, 2.0) | same)
     pair["chosen"].requires_grad_()
     objective = preference_loss(**pair, loss_type=name)
     assert objective.loss.requires_grad
@@ -181,6 +192,16 @@ def test_a_loss_reads_what_it_says(name):
     for absent in set(needed) - {"chosen", "rejected"}:
         with pytest.raises(ValueError, match=f"{absent}: wanted a tensor"):
             preference_loss(**{k: given[k] for k in needed if k != absent}, loss_type=name)
+
+
+def test_gradients_in_the_divergences():
+    """TDPO1 has them on both sides, TDPO2 on the rejected one alone; WPO's weight has none."""
+    found = {}
+    for name in ("tdpo1", "tdpo2", "wpo"):
+        given = {k: v.requires_grad_() for k, v in tensors(PAIR | EXTRA).items()}
+        preference_loss(**given, loss_type=name).loss.sum().backward()
+        found[name] = [k for k in SCORED if given[k].grad is not None and given[k].grad != 0]
+    assert found == {"tdpo1": ["chosen_kl", "rejected_kl"], "tdpo2": ["rejected_kl"], "wpo": []}
 
 
 def test_which_losses_use_a_reference():
@@ -203,6 +224,11 @@ def test_limits_and_identities():
     given["preference"] = torch.ones(50).double()
     assert_close(loss("osp"), loss("sigmoid"))
     assert_close(loss("sppo", beta=0.3), loss("sppo_hard", beta=0.3))
+    assert_close(loss("inpo", eta=0.2, tau=0.2), loss("ipo_sum", beta=0.2))
+    given |= dict(chosen_kl=given["rejected_kl"])
+    assert_close(loss("tdpo1"), loss("sigmoid"))
+    given |= dict(margin=torch.full((50,), 0.5).double())
+    assert_close(loss("egpo", beta=0.3), loss("ipo_sum", beta=0.3))
 
 
 def test_hyperparameters_come_from_the_signature():
@@ -214,6 +240,9 @@ BAD = {
     "gamma: wanted a hyperparameter of sigmoid: beta, label_smoothing": dict(gamma=1.0),
     "label_smoothing: wanted a probability; got 1.5": dict(label_smoothing=1.5),
     "beta: wanted a positive number; got 0": dict(beta=0.0),
+    "tau: wanted a number from 0 to eta": dict(
+        loss_type="inpo", tau=1.0, prev_chosen=torch.zeros(1), prev_rejected=torch.zeros(1)
+    ),
     "alpha: wanted a number in": dict(loss_type="fdpo_alpha", alpha=2.0),
     "label_smoothing: wanted 0 to below 1/2": dict(loss_type="robust", label_smoothing=0.5),
     "margin: wanted a tensor": dict(loss_type="mmpo"),
