@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .launch import expect
 from .objective import Objective
-from .pairs import Pair, logistic, objective, smoothed, soft
+from .preference_parts import Pair, logistic, objective, smoothed, soft
 
 # exp of more overflows float32's gradients; a log-ratio this large weighs as much as this one
 LARGEST_EXPONENT = 80.0

@@ -1,17 +1,33 @@
-"""Preference losses on sequence log-probabilities, by name; pair_losses.py has each of them."""
+"""Preference losses on sequence log-probabilities, by name: of pairs, of single completions, of
+lists. pair_losses.py, unpaired_losses.py and list_losses.py have each of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
+from . import list_losses, pair_losses, unpaired_losses
 from .launch import expect
 from .objective import Objective
-from .pair_losses import LOSSES
-from .pairs import Pair, hyperparameters, inputs
+from .preference_parts import Inputs, Labelled, Listed, Pair, hyperparameters, inputs
 
-__all__ = ["LOSSES", "Pair", "hyperparameters", "inputs", "preference_loss"]
+__all__ = [
+    "LIST_LOSSES",
+    "LOSSES",
+    "UNPAIRED_LOSSES",
+    "hyperparameters",
+    "inputs",
+    "list_loss",
+    "preference_loss",
+    "unpaired_loss",
+]
+
+LOSSES = pair_losses.LOSSES
+UNPAIRED_LOSSES = unpaired_losses.LOSSES
+LIST_LOSSES = list_losses.LOSSES
 
 
 def preference_loss(
@@ -42,18 +58,46 @@ def preference_loss(
     Raises:
         ValueError: an unknown loss or hyperparameter, or a tensor that is missing or misshapen.
     """
-    expect(loss_type in LOSSES, "loss_type", f"one of {', '.join(LOSSES)}", repr(loss_type))
-    loss = LOSSES[loss_type]
-    known = hyperparameters(loss)
-    given: dict[str, Any] = dict(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    given = dict(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     given |= dict(chosen_len=chosen_len, rejected_len=rejected_len)
-    given |= {name: others.pop(name) for name in Pair._fields if name in others}
-    for name, value in others.items():
+    given |= dict(chosen=chosen, rejected=rejected)
+    return _call(LOSSES, loss_type, Pair, chosen, given | others)
+
+
+def unpaired_loss(logp: Tensor, *, loss_type: str = "kto", **others: Tensor | float) -> Objective:
+    """A loss per completion [S] from log pi, summed over its tokens, in nats.
+
+    `others` are what the loss reads under its name in `Labelled` (ref_logp, label, shift, ...) and
+    its hyperparameters; `loss_type` is a key of UNPAIRED_LOSSES. Raises as `preference_loss`.
+    """
+    return _call(UNPAIRED_LOSSES, loss_type, Labelled, logp, {"logp": logp, **others})
+
+
+def list_loss(logp: Tensor, *, loss_type: str = "lipo", **others: Tensor | float) -> Objective:
+    """A loss per prompt [G] from log pi of its K completions [G, K], summed over their tokens.
+
+    `others` are what the loss reads under its name in `Listed` (ref_logp, reward, mask) and its
+    hyperparameters; `loss_type` is a key of LIST_LOSSES. Raises as `preference_loss`.
+    """
+    expect(logp.dim() == 2, "logp", "[G, K], K completions of G prompts", tuple(logp.shape))
+    return _call(LIST_LOSSES, loss_type, Listed, logp, {"logp": logp, **others})
+
+
+def _call(
+    losses: dict[str, Callable], loss_type: str, kind: type[Inputs], like: Tensor, given: dict
+) -> Objective:
+    """Tells tensors from hyperparameters, checks both, and calls the loss."""
+    expect(loss_type in losses, "loss_type", f"one of {', '.join(losses)}", repr(loss_type))
+    loss = losses[loss_type]
+    known = hyperparameters(loss)
+    names = [f.name for f in fields(kind)]
+    tensors: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
+    for name, value in given.items():
         expect(name in known, name, f"a hyperparameter of {loss_type}: {', '.join(known)}", name)
         if name in ("beta", "eta"):
-            expect(bool(value > 0), name, "a positive number", value)
-    pair = Pair(chosen, rejected, **given)
-    for name, value in pair._asdict().items():
-        if value is not None:
-            expect(value.shape == chosen.shape, name, tuple(chosen.shape), tuple(value.shape))
-    return loss(pair, **others)
+            expect(value > 0, name, "a positive number", value)
+    for name, value in tensors.items():
+        scalar = name == "shift" and isinstance(value, Tensor) and value.dim() == 0
+        if value is not None and not scalar:
+            expect(value.shape == like.shape, name, tuple(like.shape), tuple(value.shape))
+    return loss(kind(**tensors), **given)

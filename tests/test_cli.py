@@ -175,7 +175,8 @@ def test_values_of_flags(argv, name, value):
 def test_methods_are_listed_and_told(capsys):
     main(["methods"])
     listed = capsys.readouterr().out
-    assert re.search(r"^simpo .*gamma=1\.0", listed, re.M) and "2305.18290" in listed
+    assert re.search(r"^  simpo .*gamma=1\.0", listed, re.M) and "2305.18290" in listed
+    assert "kto" in listed and "lipo" in listed
     main(["methods", "ipo"])
     assert "tau depends on the length" in capsys.readouterr().out
 

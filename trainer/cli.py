@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from .errors import UserError
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         _dispatch(argv)
+    except BrokenPipeError:  # `prefuse methods | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"prefuse: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -81,19 +85,32 @@ def _demo(rest: list[str]) -> None:
 
 def _methods(rest: list[str]) -> None:
     """Prints the losses, or one of them whole."""
-    from prefuse.kernels.preference import LOSSES, hyperparameters
+    from prefuse.kernels.preference import (
+        LIST_LOSSES,
+        LOSSES,
+        UNPAIRED_LOSSES,
+        hyperparameters,
+    )
 
     from .flags import nearest
 
+    families = {
+        "pairs (prefuse dpo --loss_type, kernels.preference.preference_loss)": LOSSES,
+        "single completions (kernels.preference.unpaired_loss)": UNPAIRED_LOSSES,
+        "lists (kernels.preference.list_loss)": LIST_LOSSES,
+    }
+    every = {name: loss for losses in families.values() for name, loss in losses.items()}
     if rest:
-        if rest[0] not in LOSSES:
-            raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], LOSSES)}")
-        print(LOSSES[rest[0]].__doc__)
+        if rest[0] not in every:
+            raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], every)}")
+        print(every[rest[0]].__doc__)
         return
-    width = max(map(len, LOSSES))
-    for name, loss in LOSSES.items():
-        own = ", ".join(f"{k}={v}" for k, v in hyperparameters(loss).items())
-        print(f"{name:<{width}} {(loss.__doc__ or '').splitlines()[0]}  [{own}]")
+    width = max(map(len, every))
+    for family, losses in families.items():
+        print(f"\n{family}")
+        for name, loss in losses.items():
+            own = ", ".join(f"{k}={v}" for k, v in hyperparameters(loss).items())
+            print(f"  {name:<{width}} {(loss.__doc__ or '').splitlines()[0]}  [{own}]")
 
 
 if __name__ == "__main__":

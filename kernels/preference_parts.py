@@ -1,13 +1,13 @@
-"""What pair losses are made of: the numbers of a pair, links, soft targets.
+"""What preference losses are made of: what they read, links, soft targets.
 
-pair_losses.py has the losses and their notation.
+pair_losses.py, unpaired_losses.py and list_losses.py have the losses and their notation.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,18 @@ from .launch import expect
 from .objective import Objective
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
+    """What a family of losses may read; a loss asks for what it does read by `need`."""
+
+    def need(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        expect(value is not None, name, "a tensor, which this loss uses", None)
+        return value
+
+
+@dataclass(frozen=True)
+class Pair(Inputs):
     """Numbers per pair [P]. Log-probabilities are sums over the completion's tokens, in nats."""
 
     chosen: Tensor
@@ -53,10 +64,38 @@ class Pair(NamedTuple):
         """-l(w) / |w|."""
         return -self.chosen / self.need("chosen_len")
 
-    def need(self, name: str) -> Tensor:
-        value = getattr(self, name)
-        expect(value is not None, name, "a tensor [P], which this loss uses", None)
-        return value
+
+@dataclass(frozen=True)
+class Labelled(Inputs):
+    """Numbers per completion [S], each judged for itself."""
+
+    logp: Tensor  # summed over its tokens, in nats
+    ref_logp: Tensor | None = None
+    label: Tensor | None = None  # bool: desirable
+    shift: Tensor | None = None  # of the rewards, [S] or []: detached, from the global batch
+    reward: Tensor | None = None
+    value: Tensor | None = None  # of the prompt, by a critic
+
+    def log_ratio(self) -> Tensor:
+        """rho."""
+        return self.logp - self.need("ref_logp")
+
+
+@dataclass(frozen=True)
+class Listed(Inputs):
+    """Numbers per completion [G, K]: G prompts with up to K completions each."""
+
+    logp: Tensor  # summed over its tokens, in nats
+    ref_logp: Tensor | None = None
+    reward: Tensor | None = None
+    mask: Tensor | None = None  # bool: there is such a completion; all if None
+
+    def log_ratio(self) -> Tensor:
+        """rho."""
+        return self.logp - self.need("ref_logp")
+
+    def valid(self) -> Tensor:
+        return torch.ones_like(self.logp, dtype=torch.bool) if self.mask is None else self.mask
 
 
 def logistic(z: Tensor) -> Tensor:
@@ -100,19 +139,17 @@ def hyperparameters(loss: Callable) -> dict[str, float]:
     }
 
 
-class _Recorder(Pair):
-    """A pair of ones that remembers what it was asked for."""
+def inputs(loss: Callable, kind: type[Inputs] = Pair) -> tuple[str, ...]:
+    """The fields of `kind` that a loss reads, found by calling it on ones."""
+    names = [f.name for f in fields(kind)]
+    one = torch.ones((1, 1) if kind is Listed else (1,))
+    asked: set[str] = set()
 
-    asked: set[str]
+    def remembered(self, name: str):
+        if name in names:
+            asked.add(name)
+        return object.__getattribute__(self, name)
 
-    def need(self, name: str) -> Tensor:
-        self.asked.add(name)
-        return torch.ones(1)
-
-
-def inputs(loss: Callable) -> tuple[str, ...]:
-    """The fields of Pair that a loss reads, found by calling it."""
-    recorder = _Recorder(torch.ones(1), torch.ones(1))
-    recorder.asked = {"chosen", "rejected"}
-    loss(recorder)
-    return tuple(name for name in Pair._fields if name in recorder.asked)
+    recorder = type("Recorder", (kind,), {"__getattribute__": remembered})
+    loss(recorder(*(one.bool() if name in ("label", "mask") else one for name in names)))
+    return tuple(name for name in names if name in asked)

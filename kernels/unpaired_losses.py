@@ -1,0 +1,68 @@
+"""Losses of completions judged one at a time: desirable or not, or with a reward.
+
+rho = log pi - log pi_ref of the completion, summed over its tokens; h(z) = -log sigmoid(z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .objective import Objective
+from .preference_parts import Labelled, logistic
+
+
+def kto(
+    x: Labelled,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Objective:
+    """KTO, arXiv:2402.01306: a sigmoid(z - beta rho) if desirable, else b sigmoid(beta rho - z).
+
+    z = beta max(0, shift), where shift is the mean log-ratio of mismatched prompts and completions
+    over the global batch, detached. a and b are the two weights.
+    """
+    reward = beta * x.log_ratio()
+    z = beta * x.need("shift").detach().clamp(min=0)
+    good, bad = (
+        desirable_weight * (z - reward).sigmoid(),
+        undesirable_weight * (reward - z).sigmoid(),
+    )
+    return _objective(good.where(x.need("label"), bad), reward)
+
+
+def bco(x: Labelled, *, beta: float = 0.1) -> Objective:
+    """BCO, arXiv:2404.04656: h(beta rho - shift) if desirable, else h(shift - beta rho).
+
+    shift is the mean of the two classes' mean rewards, a moving average, detached.
+    """
+    reward = beta * x.log_ratio()
+    z = reward - x.need("shift").detach()
+    return _objective(logistic(z).where(x.need("label"), logistic(-z)), reward)
+
+
+def apo_zero_unpaired(x: Labelled, *, beta: float = 0.1) -> Objective:
+    """APO-zero unpaired, arXiv:2408.06266: sigmoid(-beta rho) if desirable, else of +."""
+    reward = beta * x.log_ratio()
+    return _objective((-reward).sigmoid().where(x.need("label"), reward.sigmoid()), reward)
+
+
+def dro_v(x: Labelled, *, tau: float = 1.0) -> Objective:
+    """DRO-V, arXiv:2405.19107: (reward - value - tau rho)^2 / 2, for the policy and the critic.
+
+    The policy's gradient is of order tau: give the two their own learning rates.
+    """
+    rho = x.log_ratio()
+    loss = (x.need("reward") - x.need("value") - tau * rho) ** 2 / 2
+    return _objective(loss, tau * rho)
+
+
+def _objective(loss: Tensor, reward: Tensor) -> Objective:
+    return Objective(loss, "sequence", {"rewards": reward.detach()})
+
+
+_ALL = (kto, bco, apo_zero_unpaired, dro_v)
+LOSSES: dict[str, Callable[..., Objective]] = {loss.__name__: loss for loss in _ALL}
