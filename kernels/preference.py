@@ -28,6 +28,13 @@ __all__ = [
 LOSSES = pair_losses.LOSSES
 UNPAIRED_LOSSES = unpaired_losses.LOSSES
 LIST_LOSSES = list_losses.LOSSES
+# read off once: torch.compile does not trace introspection
+_FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in (Pair, Labelled, Listed)}
+_KNOWN = {
+    loss: hyperparameters(loss)
+    for losses in (LOSSES, UNPAIRED_LOSSES, LIST_LOSSES)
+    for loss in losses.values()
+}
 
 
 def preference_loss(
@@ -89,9 +96,8 @@ def _call(
     """Tells tensors from hyperparameters, checks both, and calls the loss."""
     expect(loss_type in losses, "loss_type", f"one of {', '.join(losses)}", repr(loss_type))
     loss = losses[loss_type]
-    known = hyperparameters(loss)
-    names = [f.name for f in fields(kind)]
-    tensors: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
+    known = _KNOWN[loss]
+    tensors: dict[str, Any] = {name: given.pop(name) for name in _FIELDS[kind] if name in given}
     for name, value in given.items():
         expect(name in known, name, f"a hyperparameter of {loss_type}: {', '.join(known)}", name)
         if name in ("beta", "eta"):
