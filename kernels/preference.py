@@ -29,7 +29,9 @@ LOSSES = pair_losses.LOSSES
 UNPAIRED_LOSSES = unpaired_losses.LOSSES
 LIST_LOSSES = list_losses.LOSSES
 # read off once: torch.compile does not trace introspection
-_FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in (Pair, Labelled, Listed)}
+_FIELDS: dict[type[Inputs], tuple[str, ...]] = {
+    kind: tuple(f.name for f in fields(kind)) for kind in (Pair, Labelled, Listed)
+}
 _KNOWN = {
     loss: hyperparameters(loss)
     for losses in (LOSSES, UNPAIRED_LOSSES, LIST_LOSSES)
