@@ -195,6 +195,7 @@ def discopop(pair: Pair, *, beta: float = 0.1, tau: float = 0.05) -> Objective:
 
     At tau = 0.05 it rises around z = 0, where training begins, and falls away from it.
     """
+    expect(tau > 0, "tau", "a positive number", tau)
     chosen, rejected = pair.log_ratios()
     z = beta * (chosen - rejected)
     exponential = (F.logsigmoid(z / tau) - z).exp()  # m first: exp(-z) alone overflows

@@ -90,6 +90,8 @@ def assert_told(result: tuple[object, str], *wanted: str) -> None:
         (["--max_length", "1"], "--max_length: wanted 2 or more; got 1"),
         (["--loss_type", "sigmoyd"], "--loss_type: wanted one of sigmoid, sigmoid_norm, robust"),
         (["--loss_type", "mmpo"], "--loss_type mmpo: it reads margin of every pair"),
+        (["--beta", "0"], "--beta: wanted a positive number; got 0"),
+        (["--label_smoothing", "1.5"], "--label_smoothing: wanted a probability; got 1.5"),
         (["--gamma", "1"], "--gamma: loss 'sigmoid' has no such hyperparameter; it takes beta"),
         (["--config"], "--config: wanted a YAML file; got nothing"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),

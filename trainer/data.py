@@ -74,7 +74,7 @@ def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[l
     As in TRL: an implicit prompt is the common prefix of the two; EOS is appended to completions
     that are text; the completion begins where the tokens of prompt and prompt + completion part;
     a row longer than max_length keeps its start, and is skipped if only its prompt is left.
-    Identical pairs carry no gradient and are skipped.
+    Identical pairs state no preference and are skipped.
     """
     for row in rows:
         _require_columns(row, ("chosen", "rejected"))

@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
-from prefuse.kernels.preference import LOSSES, hyperparameters, inputs
+from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preference_loss
 
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
@@ -128,6 +129,11 @@ def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
                 f"{', '.join(own)}"
             )
     config.hyperparameters.update({**own, **given})
+    ones = dict.fromkeys(inputs(LOSSES[config.loss_type]), torch.ones(1))
+    try:
+        preference_loss(loss_type=config.loss_type, **ones, **config.hyperparameters)
+    except ValueError as error:  # the loss's own check, before the run and not inside it
+        raise UserError(f"--{error}") from None
 
 
 def _expand_config(argv: list[str], config: type) -> list[str]:
