@@ -3,6 +3,7 @@
 
 #include "advantage.h"
 #include "pack.h"
+#include "policy.h"
 #include "segments.h"
 #include "token_stats.h"
 
@@ -71,6 +72,20 @@ PYBIND11_MODULE(_C, m) {
         return prefuse::pack_cpu(at<const int64_t>(lengths), items, capacity, at<int64_t>(bin_of));
       },
       unlocked);
+  py::class_<prefuse::PolicyArguments>(m, "PolicyArguments")
+      .def(py::init([](Address logp, Address old_logp, Address log_ratio, Address advantages,
+                       Address mask, Address weight, Address ref_logp, Address loss,
+                       Address d_logp, Address d_ratio, Address sums, int64_t tokens, int rule,
+                       float low, float high, float cap, int kl, float kl_coef) {
+        return prefuse::PolicyArguments{
+            at<const float>(logp),       at<const float>(old_logp), at<const float>(log_ratio),
+            at<const float>(advantages), at<const uint8_t>(mask),   at<const float>(weight),
+            at<const float>(ref_logp),   at<float>(loss),           at<float>(d_logp),
+            at<float>(d_ratio),          at<float>(sums),           tokens,
+            rule,                        low,                       high,
+            cap,                         kl,                        kl_coef};
+      }));
+  m.def("policy_cpu", &prefuse::policy_cpu, unlocked);
   py::class_<prefuse::GaeArguments>(m, "GaeArguments")
       .def(py::init([](Address rewards, Address values, Address mask, Address bootstrap,
                        Address cu_seqlens, Address advantages, Address returns, int64_t tokens,

@@ -6,6 +6,31 @@ def segment_sum_cpu(
 ) -> None: ...
 def pack_cpu(lengths: int, items: int, capacity: int, bin_of: int) -> int: ...
 
+class PolicyArguments:
+    def __init__(
+        self,
+        logp: int,
+        old_logp: int,
+        log_ratio: int,
+        advantages: int,
+        mask: int,
+        weight: int,
+        ref_logp: int,
+        loss: int,
+        d_logp: int,
+        d_ratio: int,
+        sums: int,
+        tokens: int,
+        rule: int,
+        low: float,
+        high: float,
+        cap: float,
+        kl: int,
+        kl_coef: float,
+    ) -> None: ...
+
+def policy_cpu(args: PolicyArguments, threads: int) -> None: ...
+
 class GaeArguments:
     def __init__(
         self,

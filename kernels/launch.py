@@ -56,6 +56,8 @@ def choose_impl(impl: str, device: torch.device, candidates: tuple[str, ...]) ->
         ValueError: `impl` is unknown to the op, or cannot run here; the message says why.
     """
     if impl == "auto":
+        if torch.compiler.is_compiling():  # plain PyTorch is what a compiler fuses
+            return "reference"
         usable = (name for name in candidates if _obstacle(name, device, auto=True) is None)
         return next(usable, "reference")
     if impl != "reference" and impl not in candidates:
