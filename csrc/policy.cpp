@@ -86,9 +86,11 @@ PREFUSE_CLONES void evaluate(const PolicyArguments& a, int n, const Staged& __re
     float kl = 0.0f;
     if (kKl != kNone) {
       const float k = s.k[i];
-      const float back = -k < kLargestExponent ? -k : kLargestExponent;
-      const float back_1 = expm1_approx(back);
-      const float k3 = back_1 + k, k3_slope = k >= -kLargestExponent ? -back_1 : 1.0f;
+      // for ratio_k3 the product with the ratio is what must not overflow
+      const float risen = kKl == kRatioK3 && bounded > 0.0f ? bounded : 0.0f;
+      const float largest = kLargestExponent - risen;
+      const float back_1 = expm1_approx(-k < largest ? -k : largest);
+      const float k3 = back_1 + k, k3_slope = -k <= largest ? -back_1 : 1.0f;
       float kl_by_logp;
       if (kKl == kK1) {
         kl = k;

@@ -38,12 +38,20 @@ def k2(k: Tensor, ratio: Tensor) -> Tensor:
 
 def k3(k: Tensor, ratio: Tensor) -> Tensor:
     """exp(-k) - 1 + k, with -k at most LARGEST_EXPONENT."""
-    return torch.expm1((-k).clamp(max=LARGEST_EXPONENT)) + k
+    return _k3(k, LARGEST_EXPONENT)
 
 
 def ratio_k3(k: Tensor, ratio: Tensor) -> Tensor:
-    """R (exp(-k) - 1 + k): TRL's use_bias_correction_kl, from DeepSeek-V3.2, arXiv:2512.02556."""
-    return ratio * k3(k, ratio)
+    """R (exp(-k) - 1 + k): TRL's use_bias_correction_kl, from DeepSeek-V3.2, arXiv:2512.02556.
+
+    -k + max(0, log R) is at most LARGEST_EXPONENT.
+    """
+    return ratio * _k3(k, LARGEST_EXPONENT - ratio.detach().log().clamp(min=0))
+
+
+def _k3(k: Tensor, largest: Tensor | float) -> Tensor:
+    back = -k
+    return torch.expm1(torch.where(back > largest, largest, back)) + k
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -64,7 +72,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
 def adaptive_coefficient(
     coefficient: Tensor | float, kl: Tensor | float, *, target: float, horizon: float, steps: float
 ) -> Tensor | float:
-    """Ziegler et al., arXiv:1909.08593 sec. 2.2: coef (1 + clip(kl / target - 1, +-0.2) n / horizon).
+    """Ziegler et al., arXiv:1909.08593: coef (1 + clip(kl / target - 1, +-0.2) n / horizon).
 
     kl: the mean KL of a *sequence*, in nats, over the global batch.
     steps: n, how many sequences it was measured on; horizon is in sequences too.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "pair", "group"]
+
+
+class Mean(NamedTuple):
+    """A metric that is averaged over something else than the units: a sum and how many it is of."""
+
+    total: Tensor  # []
+    count: Tensor  # []
 
 
 class Objective(NamedTuple):
@@ -15,9 +23,16 @@ class Objective(NamedTuple):
 
     loss: [units], differentiable.
     unit: what one entry of `loss` stands for.
-    metrics: detached tensors [units], averaged at the log line.
+    metrics: detached tensors [units], averaged at the log line, or `Mean`s.
+    count: how many entries of `loss` are units, []; all if None. The others are 0.
     """
 
     loss: Tensor
     unit: Unit
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Tensor | Mean]
+    count: Tensor | None = None
+
+    def mean(self) -> Tensor:
+        """The loss of a batch that is neither accumulated nor spread over ranks."""
+        count = self.loss.numel() if self.count is None else self.count
+        return self.loss.sum() / torch.as_tensor(count, device=self.loss.device).clamp(min=1)

@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kl import LARGEST_EXPONENT
 from .launch import expect
 from .objective import Objective
 from .preference_parts import Pair, logistic, objective, smoothed, soft
-
-# exp of more overflows float32's gradients; a log-ratio this large weighs as much as this one
-LARGEST_EXPONENT = 80.0
 
 
 def sigmoid(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:

@@ -198,9 +198,12 @@ def _surrogate_kernel(
     kl = tl.zeros_like(lp)
     if KL > 0:
         k = lp - tl.load(ref_logp + token, mask=keep, other=0.0)
-        back_1 = _expm1(tl.minimum(-k, 80.0))
+        largest = tl.full(k.shape, 80.0, tl.float32)
+        if KL == 4:  # the product with the ratio is what must not overflow
+            largest = 80.0 - tl.minimum(tl.maximum(u, 0.0), 80.0)
+        back_1 = _expm1(tl.minimum(-k, largest))
         k3 = back_1 + k
-        k3_slope = tl.where(k >= -80.0, -back_1, 1.0)
+        k3_slope = tl.where(-k <= largest, -back_1, 1.0)
         if KL == 1:
             kl = k
             kl_by_logp = tl.full(k.shape, 1.0, tl.float32)
@@ -288,7 +291,7 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, log_ratio, x: Tokens, s: Settings, impl: str):
         x = x._replace(logp=logp, log_ratio=log_ratio)
-        x = Tokens(*(None if array is None else array.contiguous() for array in x))
+        x = _each(x, Tensor.contiguous)
         loss = torch.empty_like(x.logp)
         wanted = any(ctx.needs_input_grad)
         d_logp = torch.empty_like(loss) if wanted else None
@@ -319,11 +322,14 @@ def surrogate(x: Tokens, s: Settings, impl: str = "auto") -> tuple[Tensor, Tenso
         impl = "reference"
     impl = choose_impl(impl, x.logp.device, ("triton", "cpu"))
     dtype = torch.float64 if double and impl == "reference" else torch.float32
-    x = Tokens(*(a.to(dtype) if a is not None and a.is_floating_point() else a for a in x))
+    x = _each(x, lambda a: a.to(dtype) if a.is_floating_point() else a)
     if impl == "reference":
         return reference(x, s)
-    bare = Tokens(*(a if a is None else a.detach() for a in x))
-    return _Surrogate.apply(x.logp, x.log_ratio, bare, s, impl)
+    return _Surrogate.apply(x.logp, x.log_ratio, _each(x, Tensor.detach), s, impl)
+
+
+def _each(x: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
+    return x._replace(**{n: change(a) for n, a in x._asdict().items() if a is not None})
 
 
 def _aot(**constants: int | bool) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prefuse.kernels.objective import Mean
 
 from .dist import Ranks
 from .errors import UserError
@@ -126,20 +129,23 @@ class Meter:
 
     def clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, torch.Tensor | int] = {}
         self.tokens = 0
         self.started = time.perf_counter()
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
+    def add(self, values: Mapping[str, torch.Tensor | Mean]) -> None:
         for name, value in values.items():
-            total = value.detach().double().sum()
+            if isinstance(value, Mean):
+                total, count = value.total.double(), value.count
+            else:
+                total, count = value.detach().double().sum(), value.numel()
             self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.counts[name] = self.counts.get(name, 0) + value.numel()
+            self.counts[name] = self.counts[name] + count if name in self.counts else count
 
     def read(self) -> dict[str, float]:
         names = sorted(self.sums)
         packed = [self.sums[n].cpu() for n in names] + [
-            torch.tensor(float(self.counts[n])) for n in names
+            torch.as_tensor(self.counts[n]).cpu() for n in names
         ]
         packed = torch.stack([x.double() for x in (*packed, torch.tensor(float(self.tokens)))])
         totals = self.ranks.total(packed).tolist()

@@ -1,0 +1,71 @@
+"""What policy losses read and what they return; policy_losses.py has the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .preference_parts import Inputs
+from .segments import segment_spread, segment_sum
+from .surrogate import Rule
+
+
+@dataclass(frozen=True)
+class Actions(Inputs):
+    """Numbers per token [M] of packed sequences, whose boundaries are cu_seqlens [S+1]."""
+
+    logp: Tensor
+    old_logp: Tensor  # of the policy that the step began with, at the sampling temperature
+    advantages: Tensor | None = None  # detached
+    mask: Tensor | None = None  # bool: the policy's own tokens; all if None
+    cu_seqlens: Tensor | None = None
+    steps: Tensor | None = None  # int32 boundaries over which ratios are means; else cu_seqlens
+    rollout_logp: Tensor | None = None  # of the engine that sampled, as it saw them
+    reward: Tensor | None = None  # of the token's sequence: 1 correct, 0 wrong
+    pass_rate: Tensor | None = None  # mean reward of the prompt's completions
+    off_policy: Tensor | None = None  # bool: tokens of a demonstration or another policy
+    selected: Tensor | None = None  # bool: tokens that policy_weights.py picked
+    teacher_logp: Tensor | None = None
+    impl: str = "auto"
+
+    def log_ratio(self) -> Tensor:
+        """log R = log pi - log pi_old, 0 where the mask is False."""
+        return self.kept(self.logp - self.old_logp)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """x, and 0 at masked tokens."""
+        return x if self.mask is None else torch.where(self.mask, x, 0.0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over each token's sequence or step, at every token of it."""
+        bounds = self.need("cu_seqlens") if self.steps is None else self.steps
+        total = segment_sum(self.kept(x), bounds, impl=self.impl)
+        return segment_spread(total, bounds, len(x), impl=self.impl)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of x over the unmasked tokens of each token's sequence or step."""
+        return self.sum(x) / self.sum(torch.ones_like(x)).clamp(min=1)
+
+
+class Surrogate(NamedTuple):
+    """A policy loss: a rule of surrogate.py (or one like them), with its bounds, on R.
+
+    aggregation: how its authors average it, one of policy.AGGREGATIONS.
+    log_ratio: of what a token belongs to, [M], if R is not the token's own.
+    weight: detached, [M], on the loss but not on the KL penalty.
+    advantages: in place of those given.
+    corrects_rollout: it has an answer of its own to a rollout policy that is not pi_old.
+    """
+
+    rule: Rule
+    low: float = 0.0
+    high: float = float("inf")
+    cap: float = float("inf")
+    aggregation: str = "token-mean"
+    log_ratio: Tensor | None = None
+    weight: Tensor | None = None
+    advantages: Tensor | None = None
+    corrects_rollout: bool = False
