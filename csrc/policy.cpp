@@ -9,8 +9,8 @@ namespace {
 
 constexpr float kLargestExponent = 80.0f;
 
-// exp(x) - 1 without the cancellation near 0.
-inline __attribute__((always_inline)) float expm1_approx(float x) {
+// e - 1 for e = exp(x), without the cancellation near x = 0.
+inline __attribute__((always_inline)) float less_1(float x, float e) {
   float p = 1.0f / 40320.0f;
   p = p * x + 1.0f / 5040.0f;
   p = p * x + 1.0f / 720.0f;
@@ -19,8 +19,7 @@ inline __attribute__((always_inline)) float expm1_approx(float x) {
   p = p * x + 1.0f / 6.0f;
   p = p * x + 0.5f;
   const float series = p * x * x + x;
-  const float direct = exp_approx(x) - 1.0f;
-  return __builtin_fabsf(x) < 0.5f ? series : direct;
+  return __builtin_fabsf(x) < 0.5f ? series : e - 1.0f;
 }
 
 // A block's inputs with the absent ones filled in, so that the arithmetic has no branch on them.
@@ -60,7 +59,7 @@ PREFUSE_CLONES void evaluate(const PolicyArguments& a, int n, const Staged& __re
   for (int i = 0; i < n; ++i) {
     const float u = s.ratio[i], advantage = s.advantage[i], mask = s.mask[i];
     const float bounded = u < kLargestExponent ? u : kLargestExponent;
-    const float ratio_1 = expm1_approx(bounded), ratio = 1.0f + ratio_1;
+    const float ratio = exp_approx(bounded), ratio_1 = less_1(bounded, ratio);
     const float slope = u <= kLargestExponent ? ratio : 0.0f;  // of the ratio in u
     const float clipped = ratio < low ? low : (ratio > high ? high : ratio);
     float value, by_ratio = 0.0f, by_logp = 0.0f;
@@ -89,7 +88,7 @@ PREFUSE_CLONES void evaluate(const PolicyArguments& a, int n, const Staged& __re
       // for ratio_k3 the product with the ratio is what must not overflow
       const float risen = kKl == kRatioK3 && bounded > 0.0f ? bounded : 0.0f;
       const float largest = kLargestExponent - risen;
-      const float back_1 = expm1_approx(-k < largest ? -k : largest);
+      const float back = -k < largest ? -k : largest, back_1 = less_1(back, exp_approx(back));
       const float k3 = back_1 + k, k3_slope = -k <= largest ? -back_1 : 1.0f;
       float kl_by_logp;
       if (kKl == kK1) {

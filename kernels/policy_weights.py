@@ -131,12 +131,12 @@ def masked_quantile(x: Tensor, mask: Tensor | None, q: float) -> Tensor:
     """The q-quantile of the unmasked x, [], between neighbours in proportion; inf if none."""
     valid = _all(x, mask)
     ordered = x.detach().masked_fill(~valid, float("inf")).sort().values
+    ordered = torch.cat([ordered, ordered.new_full((1,), float("inf"))])
     place = q * (valid.sum() - 1).clamp(min=0)
-    below = place.floor().long()
-    above = place.ceil().long()
+    # gather, for an index that is a tensor [] would be asked for its value
+    below, above = ordered.gather(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
     # of equal neighbours the difference is 0, also where both are infinite
-    rise = torch.where(above > below, ordered[above] - ordered[below], 0.0)
-    return ordered[below] + (place - below) * rise
+    return below + torch.where(above > below, (place - place.floor()) * (above - below), 0.0)
 
 
 def _share(fraction: float, like: Tensor, mask: Tensor | None) -> Tensor:

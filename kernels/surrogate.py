@@ -118,15 +118,15 @@ def reference(x: Tokens, s: Settings) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _expm1(x):
-    # the series where exp(x) - 1 would cancel
+def _less_1(x, e):
+    # e - 1 for e = exp(x), without the cancellation near x = 0
     p = x * (1.0 / 40320.0) + 1.0 / 5040.0
     p = p * x + 1.0 / 720.0
     p = p * x + 1.0 / 120.0
     p = p * x + 1.0 / 24.0
     p = p * x + 1.0 / 6.0
     p = p * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, p * x * x + x, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, p * x * x + x, e - 1.0)
 
 
 @triton.jit
@@ -167,8 +167,9 @@ def _surrogate_kernel(
         u = tl.load(log_ratio + token, mask=keep, other=0.0)
     else:
         u = lp - tl.load(old_logp + token, mask=keep, other=0.0)
-    ratio_1 = _expm1(tl.minimum(u, 80.0))
-    ratio = 1.0 + ratio_1
+    bounded = tl.minimum(u, 80.0)
+    ratio = tl.exp(bounded)
+    ratio_1 = _less_1(bounded, ratio)
     slope = tl.where(u <= 80.0, ratio, 0.0)  # of the ratio in u
     clipped = tl.minimum(tl.maximum(ratio, low), high)
     by_ratio = tl.zeros_like(lp)
@@ -200,8 +201,9 @@ def _surrogate_kernel(
         k = lp - tl.load(ref_logp + token, mask=keep, other=0.0)
         largest = tl.full(k.shape, 80.0, tl.float32)
         if KL == 4:  # the product with the ratio is what must not overflow
-            largest = 80.0 - tl.minimum(tl.maximum(u, 0.0), 80.0)
-        back_1 = _expm1(tl.minimum(-k, largest))
+            largest = 80.0 - tl.maximum(bounded, 0.0)
+        back = tl.minimum(-k, largest)
+        back_1 = _less_1(back, tl.exp(back))
         k3 = back_1 + k
         k3_slope = tl.where(-k <= largest, -back_1, 1.0)
         if KL == 1:
