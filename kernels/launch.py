@@ -47,6 +47,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_CUDA_EXTENSION = _C is not None and _C.has_cuda
 
 
+def has_values(x: torch.Tensor) -> bool:
+    """False for fake tensors and under torch.compile: then plain PyTorch is what is traced."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def choose_impl(impl: str, device: torch.device, candidates: tuple[str, ...]) -> str:
     """The implementation to run on `device`: the first of `candidates` that can, if `impl="auto"`.
 
@@ -56,8 +61,6 @@ def choose_impl(impl: str, device: torch.device, candidates: tuple[str, ...]) ->
         ValueError: `impl` is unknown to the op, or cannot run here; the message says why.
     """
     if impl == "auto":
-        if torch.compiler.is_compiling():  # plain PyTorch is what a compiler fuses
-            return "reference"
         usable = (name for name in candidates if _obstacle(name, device, auto=True) is None)
         return next(usable, "reference")
     if impl != "reference" and impl not in candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Objective(NamedTuple):
 
     loss: Tensor
     unit: Unit
-    metrics: dict[str, Tensor | Mean]
+    metrics: Mapping[str, Tensor | Mean]
     count: Tensor | None = None
 
     def mean(self) -> Tensor:

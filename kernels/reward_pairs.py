@@ -172,7 +172,7 @@ def odin(
     found = objective(loss + orthogonality_coef * cosine.abs(), quality[0], quality[1])
     extra = {"quality": correlations[0], "length": correlations[1]}
     expanded = {f"correlations/{k}": c.expand_as(chosen) for k, c in extra.items()}
-    return found._replace(metrics=found.metrics | expanded)
+    return found._replace(metrics={**found.metrics, **expanded})
 
 
 def odin_moments(
@@ -282,7 +282,7 @@ def vpl(
     chosen, rejected, mean, log_var = (full(x) for x in (chosen, rejected, mean, log_var))
     kl = (mean.square() + torch.expm1(log_var) - log_var).sum(1) / 2
     found = objective(logistic(chosen - rejected) + kl_coef * kl, chosen, rejected)
-    return found._replace(metrics=found.metrics | {"kl": kl.detach()})
+    return found._replace(metrics={**found.metrics, "kl": kl.detach()})
 
 
 _ALL = (bradley_terry, cost, odin, lore, vpl)

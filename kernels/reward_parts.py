@@ -1,12 +1,11 @@
-"""What losses of reward models are made of: precision, shapes, labels, sums over sequences."""
+"""What losses of reward models are made of: precision, shapes, labels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import segments
-from .launch import expect
+from .launch import expect, has_values
 from .objective import Mean
 from .preference_parts import logistic, smoothed, soft
 
@@ -31,21 +30,9 @@ def check_pair(chosen: Tensor, rejected: Tensor) -> None:
     check_shape("rejected", rejected, chosen.shape)
 
 
-def has_values(x: Tensor) -> bool:
-    """False for fake tensors and under torch.compile, which know shapes alone."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-
-
 def readable(x: Tensor) -> bool:
     """Reading the values costs no wait for a GPU."""
     return has_values(x) and x.device.type == "cpu"
-
-
-def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """segments.segment_sum; its reference where there are no values to hand to a kernel."""
-    if has_values(x):
-        return segments.segment_sum(x, cu_seqlens)
-    return segments.reference(full(x), cu_seqlens)
 
 
 def label_loss(z: Tensor, preference: Tensor | None, label_smoothing: float) -> Tensor:

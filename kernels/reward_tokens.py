@@ -19,8 +19,8 @@ from torch import Tensor
 from .launch import expect
 from .objective import Objective
 from .preference_parts import objective, soft
-from .reward_parts import check_bool, check_shape, full, label_loss, mean_over, sequence_sums
-from .segments import segment_ids
+from .reward_parts import check_bool, check_shape, full, label_loss, mean_over
+from .segments import segment_ids, segment_sum
 
 
 def bradley_terry_returns(
@@ -44,8 +44,8 @@ def bradley_terry_returns(
     """
     wanted = "a probability below 1"
     expect(0 <= random_labels < 1, "random_labels", wanted, random_labels)
-    chosen = sequence_sums(chosen_rewards, chosen_cu_seqlens)
-    rejected = sequence_sums(rejected_rewards, rejected_cu_seqlens)
+    chosen = segment_sum(chosen_rewards, chosen_cu_seqlens)
+    rejected = segment_sum(rejected_rewards, rejected_cu_seqlens)
     check_shape("rejected_cu_seqlens", rejected_cu_seqlens, chosen_cu_seqlens.shape)
     z = chosen - rejected
     if random_labels == 0:
@@ -67,11 +67,11 @@ def time_smoothness(rewards: Tensor, cu_seqlens: Tensor) -> Objective:
     rewards [M], cu_seqlens int32 [S+1]. Added to `bradley_terry_returns` of the same rewards, with
     a weight. A sequence of one token, or none, counts 0. Unit: sequence.
     """
-    returns = sequence_sums(rewards, cu_seqlens)
+    returns = segment_sum(rewards, cu_seqlens)
     r, ids = full(rewards), segment_ids(cu_seqlens, len(rewards))
     before, before_ids = (torch.cat([x[:1], x[:-1]]) for x in (r, ids))
     steps = torch.where(ids == before_ids, r - before, 0).square()
-    return Objective(sequence_sums(steps, cu_seqlens), "sequence", {"rewards": returns.detach()})
+    return Objective(segment_sum(steps, cu_seqlens), "sequence", {"rewards": returns.detach()})
 
 
 def prm(scores: Tensor, labels: Tensor, mask: Tensor) -> Objective:
@@ -123,7 +123,7 @@ def implicit_prm(
     """
     expect(beta > 0, "beta", "a positive number", beta)
     check_shape("ref_logp", ref_logp, logp.shape)
-    rewards = beta * sequence_sums(full(logp) - full(ref_logp), cu_seqlens)
+    rewards = beta * segment_sum(full(logp) - full(ref_logp), cu_seqlens)
     check_shape("correct", correct, rewards.shape)
     right = ((rewards > 0) == (correct > 0.5)).float()
     return Objective(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .kl import ESTIMATORS, LARGEST_EXPONENT
-from .launch import _C, choose_impl, device_guard, tl, triton
+from .launch import _C, choose_impl, device_guard, has_values, tl, triton
 
 Rule = Callable[..., Tensor]
 
@@ -320,7 +320,8 @@ def surrogate(x: Tokens, s: Settings, impl: str = "auto") -> tuple[Tensor, Tenso
     impl: "cpu" (C++), "triton" or "reference".
     """
     double = x.logp.dtype == torch.float64
-    if s.rule not in KERNEL_RULES or (double and impl == "auto"):
+    plain = double or not has_values(x.logp)
+    if s.rule not in KERNEL_RULES or (plain and impl == "auto"):
         impl = "reference"
     impl = choose_impl(impl, x.logp.device, ("triton", "cpu"))
     dtype = torch.float64 if double and impl == "reference" else torch.float32

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from test_list_and_unpaired import lists, singles
+from test_policy import draw as tokens
 from test_preference import EXTRA, PAIR, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+from prefuse.kernels import policy
 from prefuse.kernels.preference import (
     LIST_LOSSES,
     LOSSES,
@@ -16,10 +18,24 @@ from prefuse.kernels.preference import (
     unpaired_loss,
 )
 
+
+def policy_loss(logp, cu_seqlens, loss_type, **given):
+    """With every part: a KL penalty, an entropy bonus, a correction for the rollout policy."""
+    options = dict(beta=0.1, kl="ratio_k3", entropy=given["old_logp"], entropy_coef=0.1)
+    options |= dict(max_length=7.0, rollout_mode="sequence_mask")
+    return policy.policy_loss(logp, **given, cu_seqlens=cu_seqlens, loss_type=loss_type, **options)
+
+
+def packed() -> dict[str, torch.Tensor]:
+    lengths = torch.tensor([0, 3, 4, 4, 9, 11], dtype=torch.int32)
+    return tokens(torch.float32) | dict(cu_seqlens=lengths)
+
+
 FAMILIES = [
     (LOSSES, preference_loss, lambda: tensors(PAIR | EXTRA, torch.float32)),
     (UNPAIRED_LOSSES, unpaired_loss, lambda: singles(torch.float32)),
     (LIST_LOSSES, list_loss, lambda: lists(torch.float32)),
+    (policy.LOSSES, policy_loss, packed),
 ]
 CASES = [(name, call, given) for losses, call, given in FAMILIES for name in losses]
 IDS = [name for name, *_ in CASES]
