@@ -1,4 +1,4 @@
-"""Pair losses: one function each, of a chosen completion w and a rejected one l.
+"""Pair losses: one function each, of the log-probs of a chosen completion w and a rejected one l.
 
 Notation of DPO (arXiv:2305.18290). l(y) = log pi(y), summed over the completion's tokens, and
 |y| their number; rho(y) = l(y) - log pi_ref(y); delta = rho(w) - rho(l); h(z) = -log sigmoid(z);
@@ -6,7 +6,8 @@ sg stops the gradient. With label smoothing e, f(z) becomes (1 - e) f(z) + e f(-
 
 A loss is a link (h, a hinge, a square) of a score, for a target: most are one line of algebra. It
 takes its hyperparameters as keyword arguments, and returns what `objective` makes. Add one here and
-name it in LOSSES, where it becomes a `loss_type` of `preference_loss` and of `prefuse dpo`.
+name it in LOSSES, where it becomes a `loss_type` of `preference_loss` and of `prefuse dpo`. Losses
+that read something more, such as a judge's margin, are in informed_pair_losses.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from .kl import LARGEST_EXPONENT
 from .launch import expect
 from .objective import Objective
-from .preference_parts import Pair, logistic, objective, smoothed, soft
+from .preference_parts import Pair, logistic, objective, smoothed
 
 
 def sigmoid(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
@@ -159,17 +160,6 @@ def sppo_hard(pair: Pair, *, beta: float = 0.1) -> Objective:
     return objective(loss, beta * chosen, beta * rejected)
 
 
-def sppo(pair: Pair, *, beta: float = 0.1) -> Objective:
-    """SPPO, arXiv:2405.00675 eq. 4.7: (rho(w) - t)^2 + (rho(l) + t)^2, t = (p - 1/2) / beta.
-
-    p is the preference for w, beta the paper's 1 / eta.
-    """
-    chosen, rejected = pair.log_ratios()
-    target = (pair.need("preference") - 0.5) / beta
-    loss = (chosen - target) ** 2 + (rejected + target) ** 2
-    return objective(loss, beta * chosen, beta * rejected)
-
-
 def apo_zero(pair: Pair, *, beta: float = 0.1) -> Objective:
     """APO-zero, arXiv:2408.06266 eq. 7: 1 - sigmoid(beta rho(w)) + sigmoid(beta rho(l)).
 
@@ -271,6 +261,17 @@ def dpo_nll(pair: Pair, *, beta: float = 0.1, nll_coef: float = 1.0) -> Objectiv
     return objective(loss, beta * chosen, beta * rejected)
 
 
+def cal_dpo(pair: Pair, *, beta: float = 0.1) -> Objective:
+    """Cal-DPO, arXiv:2412.14516: h(delta) + (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2.
+
+    DPO, and SPPO's squares, which pin the log-ratios themselves. delta stands without beta there.
+    """
+    chosen, rejected = pair.log_ratios()
+    target = 1 / (2 * beta)
+    loss = logistic(chosen - rejected) + (chosen - target) ** 2 + (rejected + target) ** 2
+    return objective(loss, beta * chosen, beta * rejected)
+
+
 def cpl(pair: Pair, *, alpha: float = 0.1, bias: float = 0.5) -> Objective:
     """CPL, arXiv:2310.13639: h(alpha (l(w) - bias l(l))), bias in (0, 1]. No reference model.
 
@@ -281,100 +282,10 @@ def cpl(pair: Pair, *, alpha: float = 0.1, bias: float = 0.5) -> Objective:
     return objective(loss, alpha * pair.chosen, alpha * pair.rejected)
 
 
-def mmpo(pair: Pair, *, beta: float = 0.1, gamma: float = 1.0) -> Objective:
-    """MMPO, arXiv:2410.03145: p h(z) + (1 - p) h(-z), z = beta delta, p = sigmoid(gamma margin).
-
-    With win rates against the current policy for rewards it is the loss of DNO, arXiv:2404.03715.
-    """
-    chosen, rejected = pair.log_ratios()
-    p = (gamma * pair.need("margin")).sigmoid()
-    return objective(soft(beta * (chosen - rejected), p), beta * chosen, beta * rejected)
-
-
-def osp(pair: Pair, *, beta: float = 0.1) -> Objective:
-    """OSP, arXiv:2405.14103: p h(beta delta) + (1 - p) h(-beta delta), p the preference for w."""
-    chosen, rejected = pair.log_ratios()
-    loss = soft(beta * (chosen - rejected), pair.need("preference"))
-    return objective(loss, beta * chosen, beta * rejected)
-
-
-def rpo(pair: Pair, *, beta: float = 0.1, eta: float = 1.0) -> Objective:
-    """Reward-aware PO, arXiv:2406.11704: KL(Bernoulli p || Bernoulli sigmoid(beta delta)).
-
-    p = sigmoid(eta margin). MMPO's gradient, with a least value of 0.
-    """
-    chosen, rejected = pair.log_ratios()
-    target = eta * pair.need("margin")
-    p = target.sigmoid()
-    loss = soft(beta * (chosen - rejected), p) - soft(target, p)
-    return objective(loss, beta * chosen, beta * rejected)
-
-
-def wpo(pair: Pair, *, beta: float = 0.1) -> Objective:
-    """WPO, arXiv:2406.11827: sg(exp(weight(w) + weight(l))) h(beta delta).
-
-    weight(y) = mean_t (log pi - log sum_v p_v^2): completions unlike the policy's own count less.
-    """
-    chosen, rejected = pair.log_ratios()
-    weight = (pair.need("chosen_weight") + pair.need("rejected_weight")).detach().exp()
-    loss = weight * logistic(beta * (chosen - rejected))
-    return objective(loss, beta * chosen, beta * rejected)
-
-
-def tdpo1(pair: Pair, *, beta: float = 0.1) -> Objective:
-    """TDPO1, arXiv:2404.11999: h(beta (delta - (D(l) - D(w)))), D = sum_t KL(pi_ref || pi)."""
-    chosen, rejected = pair.log_ratios()
-    kl = pair.need("rejected_kl") - pair.need("chosen_kl")
-    return objective(logistic(beta * (chosen - rejected - kl)), beta * chosen, beta * rejected)
-
-
-def tdpo2(pair: Pair, *, beta: float = 0.1, alpha: float = 0.5) -> Objective:
-    """TDPO2, arXiv:2404.11999: h(beta (delta - alpha (D(l) - sg D(w)))), D as in TDPO1."""
-    chosen, rejected = pair.log_ratios()
-    kl = alpha * (pair.need("rejected_kl") - pair.need("chosen_kl").detach())
-    return objective(logistic(beta * (chosen - rejected - kl)), beta * chosen, beta * rejected)
-
-
-def xpo(pair: Pair, *, beta: float = 0.1, alpha: float = 1e-5) -> Objective:
-    """XPO, arXiv:2405.21046: h(beta delta) + alpha l(x), x a completion that pi_ref sampled.
-
-    The plus sign lowers what the reference says already.
-    """
-    chosen, rejected = pair.log_ratios()
-    loss = logistic(beta * (chosen - rejected)) + alpha * pair.need("explored")
-    return objective(loss, beta * chosen, beta * rejected)
-
-
-def inpo(pair: Pair, *, eta: float = 0.0075, tau: float = 0.0025) -> Objective:
-    """INPO, arXiv:2407.00617: (d - (tau / eta) d_ref - (1 - tau / eta) d_prev - 1 / (2 eta))^2.
-
-    d = l(w) - l(l), under pi, pi_ref and the policy of the round before.
-    """
-    expect(0 <= tau <= eta and eta > 0, "tau", f"a number from 0 to eta, {eta}", tau)
-    share = tau / eta
-    anchor = [
-        share * pair.need(f"ref_{side}") + (1 - share) * pair.need(f"prev_{side}")
-        for side in ("chosen", "rejected")
-    ]
-    chosen, rejected = pair.chosen - anchor[0], pair.rejected - anchor[1]
-    return objective((chosen - rejected - 1 / (2 * eta)) ** 2, eta * chosen, eta * rejected)
-
-
-def egpo(pair: Pair, *, beta: float = 0.1) -> Objective:
-    """Online IPO of EGPO, arXiv:2503.08942: (delta - margin / beta)^2.
-
-    margin = P(w > x) - P(l > x) against a third completion x of the policy.
-    """
-    chosen, rejected = pair.log_ratios()
-    loss = (chosen - rejected - pair.need("margin") / beta) ** 2
-    return objective(loss, beta * chosen, beta * rejected)
-
-
 _ALL = (
     (sigmoid, sigmoid_norm, robust, hinge, slic, ipo, ipo_sum)
     + (fdpo_forward_kl, fdpo_jsd, fdpo_alpha, exo_pair, nca_pair, bco_pair)
-    + (sppo_hard, sppo, apo_zero, apo_down, discopop, simpo, alphapo, cpo, orpo)
-    + (rdpo, dpop, dpo_nll, cpl, mmpo, osp)
-    + (rpo, wpo, tdpo1, tdpo2, xpo, inpo, egpo)
+    + (sppo_hard, apo_zero, apo_down, discopop, simpo, alphapo, cpo, orpo)
+    + (rdpo, dpop, dpo_nll, cal_dpo, cpl)
 )
 LOSSES: dict[str, Callable[..., Objective]] = {loss.__name__: loss for loss in _ALL}

@@ -1,5 +1,5 @@
 """Preference losses on sequence log-probabilities, by name: of pairs, of single completions, of
-lists. pair_losses.py, unpaired_losses.py and list_losses.py have each of them."""
+lists. The four files *_losses.py beside this one have each of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import list_losses, pair_losses, unpaired_losses
+from . import informed_pair_losses, list_losses, pair_losses, unpaired_losses
 from .launch import expect
 from .objective import Objective
 from .preference_parts import Inputs, Labelled, Listed, Pair, hyperparameters, inputs
 
 __all__ = [
+    "BATCHWISE",
     "LIST_LOSSES",
     "LOSSES",
     "UNPAIRED_LOSSES",
@@ -25,13 +26,15 @@ __all__ = [
     "unpaired_loss",
 ]
 
-LOSSES = pair_losses.LOSSES
+BATCHWISE = informed_pair_losses.BATCHWISE
+LOSSES = pair_losses.LOSSES | informed_pair_losses.LOSSES
 UNPAIRED_LOSSES = unpaired_losses.LOSSES
 LIST_LOSSES = list_losses.LOSSES
 # read off once: torch.compile does not trace introspection
 _FIELDS: dict[type[Inputs], tuple[str, ...]] = {
     kind: tuple(f.name for f in fields(kind)) for kind in (Pair, Labelled, Listed)
 }
+_SCALARS = ("shift", "batch_margin", "running_margin")  # one number for the batch, too
 _KNOWN = {
     loss: hyperparameters(loss)
     for losses in (LOSSES, UNPAIRED_LOSSES, LIST_LOSSES)
@@ -105,7 +108,7 @@ def _call(
         if name in ("beta", "eta"):
             expect(value > 0, name, "a positive number", value)
     for name, value in tensors.items():
-        scalar = name == "shift" and isinstance(value, Tensor) and value.dim() == 0
+        scalar = name in _SCALARS and isinstance(value, Tensor) and value.dim() == 0
         if value is not None and not scalar:
             expect(value.shape == like.shape, name, tuple(like.shape), tuple(value.shape))
     return loss(kind(**tensors), **given)

@@ -1,6 +1,6 @@
 """What preference losses are made of: what they read, links, soft targets.
 
-pair_losses.py, unpaired_losses.py and list_losses.py have the losses and their notation.
+The files *_losses.py beside it have the losses and their notation.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Inputs:
         expect(value is not None, name, "a tensor, which this loss uses", None)
         return value
 
+    def optional(self, name: str) -> Tensor | None:
+        """What a loss can do without: it is no input in the sense of `inputs`."""
+        return getattr(self, name)
+
 
 @dataclass(frozen=True)
 class Pair(Inputs):
@@ -46,6 +50,9 @@ class Pair(Inputs):
     chosen_weight: Tensor | None = None  # mean_t (log pi - log sum_v p_v^2)
     rejected_weight: Tensor | None = None
     explored: Tensor | None = None  # log pi of a completion that pi_ref sampled
+    batch_margin: Tensor | None = None  # mean of beta delta over the global batch, [P] or []
+    running_margin: Tensor | None = None  # its moving average
+    matched: Tensor | None = None  # the reference's l(w) - l(l) of the policy's rank
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
         """rho(w), rho(l)."""
@@ -150,6 +157,7 @@ def inputs(loss: Callable, kind: type[Inputs] = Pair) -> tuple[str, ...]:
             asked.add(name)
         return object.__getattribute__(self, name)
 
-    recorder = type("Recorder", (kind,), {"__getattribute__": remembered})
+    bare = {"__getattribute__": remembered, "optional": lambda self, name: None}
+    recorder = type("Recorder", (kind,), bare)
     loss(recorder(*(one.bool() if name in ("label", "mask") else one for name in names)))
     return tuple(name for name in names if name in asked)

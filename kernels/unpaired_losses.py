@@ -5,10 +5,12 @@ rho = log pi - log pi_ref of the completion, summed over its tokens; h(z) = -log
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
 
+from .launch import expect
 from .objective import Objective
 from .preference_parts import Labelled, logistic
 
@@ -44,10 +46,20 @@ def bco(x: Labelled, *, beta: float = 0.1) -> Objective:
     return _objective(logistic(z).where(x.need("label"), logistic(-z)), reward)
 
 
-def apo_zero_unpaired(x: Labelled, *, beta: float = 0.1) -> Objective:
-    """APO-zero unpaired, arXiv:2408.06266: sigmoid(-beta rho) if desirable, else of +."""
+def apo_zero_unpaired(
+    x: Labelled,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Objective:
+    """APO-zero unpaired, arXiv:2408.06266: a sigmoid(-z) if desirable, else b sigmoid(z).
+
+    z = beta rho; a and b are the two weights, as in TRL; the paper has none.
+    """
     reward = beta * x.log_ratio()
-    return _objective((-reward).sigmoid().where(x.need("label"), reward.sigmoid()), reward)
+    good, bad = desirable_weight * (-reward).sigmoid(), undesirable_weight * reward.sigmoid()
+    return _objective(good.where(x.need("label"), bad), reward)
 
 
 def dro_v(x: Labelled, *, tau: float = 1.0) -> Objective:
@@ -60,9 +72,27 @@ def dro_v(x: Labelled, *, tau: float = 1.0) -> Objective:
     return _objective(loss, tau * rho)
 
 
+def a2po(x: Labelled, *, beta: float = 1e-3) -> Objective:
+    """A*-PO, arXiv:2505.20686: (beta rho - (reward - value))^2.
+
+    value is V* = beta_1 log mean exp(reward / beta_1) over samples of pi_ref: a prompt's own, from
+    `optimal_value`, and the same in every step.
+    """
+    rho = x.log_ratio()
+    loss = (beta * rho - (x.need("reward") - x.need("value"))) ** 2
+    return _objective(loss, beta * rho)
+
+
+def optimal_value(rewards: Tensor, *, beta: float = 0.5) -> Tensor:
+    """A*-PO's V*, arXiv:2505.20686: beta log mean_k exp(r_k / beta), [G, K] rewards -> [G]."""
+    expect(beta > 0, "beta", "a positive number", beta)
+    expect(rewards.dim() == 2, "rewards", "[G, K], of samples of pi_ref", tuple(rewards.shape))
+    return beta * ((rewards.detach() / beta).logsumexp(1) - math.log(rewards.shape[1]))
+
+
 def _objective(loss: Tensor, reward: Tensor) -> Objective:
     return Objective(loss, "sequence", {"rewards": reward.detach()})
 
 
-_ALL = (kto, bco, apo_zero_unpaired, dro_v)
+_ALL = (kto, bco, apo_zero_unpaired, dro_v, a2po)
 LOSSES: dict[str, Callable[..., Objective]] = {loss.__name__: loss for loss in _ALL}

@@ -33,7 +33,13 @@ UNPAIRED = [
     ("kto", dict(beta=2.0, desirable_weight=3.0, undesirable_weight=0.5), (3 * s(-1), s(-3) / 2)),
     ("bco", dict(beta=2.0), (h(1.5), h(2.5))),
     ("apo_zero_unpaired", dict(beta=2.0), (s(-2), s(-2))),
+    (
+        "apo_zero_unpaired",
+        dict(beta=2.0, desirable_weight=3.0, undesirable_weight=0.5),
+        (3 * s(-2), s(-2) / 2),
+    ),
     ("dro_v", dict(tau=0.5), (0.5, 0.5)),
+    ("a2po", dict(beta=0.5), (1.0, 1.0)),
 ]
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preference_loss
+from prefuse.kernels.preference import (
+    LOSSES,
+    hyperparameters,
+    inputs,
+    preference_loss,
+    unpaired_loss,
+)
+from prefuse.kernels.segments import segment_sum
+from prefuse.kernels.sequence_weights import length_desensitised, shared_lengths
 
 trl = pytest.importorskip("trl", reason="parity needs the `peers` extra")
 if not trl.__version__.startswith("1.16"):
@@ -31,6 +39,8 @@ DPO = {
     "apo_zero": ({}, {}),
     "apo_down": ({}, {}),
     "discopop": ({}, {}),
+    "aot": (dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
+    "aot_unpaired": (dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
     "fdpo_forward_kl": (dict(loss_type="sigmoid", f_divergence_type="forward_kl"), {}),
     "fdpo_jsd": (dict(loss_type="sigmoid", f_divergence_type="js_divergence"), {}),
 }
@@ -120,6 +130,26 @@ def test_fdpo_alpha_is_trls_of_one_minus_alpha(alpha):
     assert_close(got, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
+def test_ld_dpo_is_a_weight_of_tokens():
+    """sigmoid on sums whose tokens beyond the shorter completion count alpha, as in TRL; TRL takes
+    the reference's sums as they come when they are computed beforehand, so do both here. Its shared
+    part takes in the padding, which is 0."""
+    (logps, mask), (ref, _) = token_logps(), token_logps()
+    ref = ref * mask
+    logps.requires_grad_()
+    theirs = trl_dpo(logps, mask, ref, 0.5, loss_type="sigmoid", ld_alpha=0.3)
+    pairs = torch.stack([x for i in range(P) for x in (logps[i], logps[P + i])])
+    inside = torch.stack([x for i in range(P) for x in (mask[i], mask[P + i])])
+    cu = torch.cat([torch.zeros(1), inside.sum(1).cumsum(0)]).int()
+    packed = pairs[inside]
+    weights = length_desensitised(cu, len(packed), shared_lengths(cu), alpha=0.3)
+    sums = segment_sum(weights * packed, cu)
+    mine = preference_loss(sums[0::2], sums[1::2], *ref.sum(1).chunk(2), beta=0.5).loss.mean()
+    assert_close(mine, theirs)
+    wanted, got = (torch.autograd.grad(x, logps)[0] for x in (theirs, mine))
+    assert_close(got, wanted * mask)
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo"])
 def test_trl_ignores_label_smoothing_where_we_do_not(name):
     """cDPO is its use for DPO; TRL 1.16 reads it for robust, exo_pair and aot alone."""
@@ -169,11 +199,54 @@ def test_orpo_is_trls_with_its_sign():
     assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_losses_of_single_completions(name):
+    """TRL's mean over the batch, its KL from log-probs of mismatched completions."""
+    (logps, mask), (ref, _), (other, _) = token_logps(), token_logps(), token_logps()
+    ref = ref * mask
+    logps.requires_grad_()
+    label = torch.arange(2 * P) % 3 == 0
+    zeros = torch.zeros(2 * P, LONGEST, dtype=torch.float64)
+    out = SimpleNamespace(log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=mask)
+    options = dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    stand_in = SimpleNamespace(
+        **options,
+        loss_type=name,
+        calculate_KL=name == "kto",
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+        _compute_kl_logps=lambda model, batch: other.sum(1) + 12,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    ids = torch.ones(2 * P, LONGEST + 1, dtype=torch.long)
+    batch = dict(
+        input_ids=ids,
+        attention_mask=ids,
+        completion_mask=torch.cat([torch.zeros(2 * P, 1, dtype=torch.bool), mask], 1).long(),
+        label=label,
+        ref_logps=ref.sum(1),
+        ref_KL_logps=torch.full((2 * P,), 2.0, dtype=torch.float64),
+    )
+    theirs = trl.KTOTrainer._compute_loss(stand_in, lambda **_: out, batch, return_outputs=False)
+    given = dict(ref_logp=ref.sum(1), label=label)
+    if name == "kto":
+        given["shift"] = (other.sum(1) + 12 - 2).mean()
+        assert given["shift"] > 0
+    mine = unpaired_loss(logps.sum(1), **given, loss_type=name, **options).mean()
+    assert_same(name, theirs, mine, logps)
+
+
 def test_every_loss_of_trls_dpo_is_here():
     import inspect
 
     source = inspect.getsource(trl.DPOTrainer._compute_loss)
     names = {line.split('"')[1] for line in source.splitlines() if 'if loss_type == "' in line}
-    assert names - set(LOSSES) == {"aot", "aot_unpaired", "sft"}
+    assert names - set(LOSSES) == {"sft"}  # a loss of tokens: trainer.objectives.sft
     assert all("beta" in hyperparameters(LOSSES[n]) for n in names & set(LOSSES))
     assert all("ref_chosen" in inputs(LOSSES[n]) for n in names & set(LOSSES))

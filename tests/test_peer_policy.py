@@ -190,6 +190,29 @@ def test_gmpo(epsilon):
     assert_same(theirs, ours(x, "gmpo", epsilon=epsilon).mean(), x["logp"])
 
 
+def test_rloo():
+    """A whole sequence is one action: TRL sums the log-probs before its clip."""
+    x = draw()
+    x["logp"].requires_grad_()
+    x["old"] = x["logp"].detach() - 0.1 * torch.randn(B, L, dtype=torch.float64)
+    identity = dict(gather=lambda x: x, reduce=lambda x, reduction: x)
+    stand_in = SimpleNamespace(
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        aux_loss_enabled=False,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(**identity),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (x["logp"], x["entropy"], None),
+    )
+    mask = x["mask"].to(torch.int64)
+    inputs = dict(prompt_ids=mask[:, :0], prompt_mask=mask[:, :0], completion_ids=mask)
+    inputs |= dict(completion_mask=mask, advantages=x["advantages"])
+    inputs |= dict(old_logps=(x["old"] * mask).sum(1))
+    theirs = trl.RLOOTrainer._compute_loss(stand_in, None, inputs)
+    assert_same(theirs, ours(x, "rloo", **CLIP).mean(), x["logp"])
+
+
 def liger_loss(x, loss_type: str, **settings):
     liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs Liger")
     loss, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(

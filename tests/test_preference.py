@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
+from prefuse.kernels.informed_pair_losses import matched_by_rank
 from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preference_loss
 
 # chosen -2 of 2 tokens (ref -3), rejected -6 of 3 tokens (ref -5): rho = 1 and -1, delta = 2
@@ -14,6 +16,7 @@ LENGTHS = dict(chosen_len=2.0, rejected_len=3.0)
 JUDGED = dict(margin=math.log(3), preference=0.75)
 SCORED = dict(prev_chosen=-2.5, prev_rejected=-5.5, chosen_kl=0.5, rejected_kl=1.5)
 SCORED |= dict(chosen_weight=-math.log(2), rejected_weight=0.0, explored=-4.0)
+SCORED |= dict(batch_margin=1.5, running_margin=0.5)
 EXTRA = LENGTHS | JUDGED | SCORED
 
 
@@ -82,12 +85,17 @@ CASES = [
     ("xpo", dict(beta=0.5, alpha=0.5), h(1) - 2),
     ("inpo", dict(eta=0.25, tau=0.125), 0.25),
     ("egpo", dict(beta=1.0), (2 - math.log(3)) ** 2),
+    ("cal_dpo", dict(beta=0.25), h(2) + 2),
+    ("beta_dpo", dict(beta=0.25, alpha=1.0), h(1)),
+    ("aot", dict(beta=0.5), h(1)),
+    ("aot", dict(beta=0.5, label_smoothing=0.1), 0.9 * h(1) + 0.1 * h(-1)),
+    ("aot_unpaired", dict(beta=0.5), h(1)),
 ]
 # Losses that a rise of the chosen log-prob can raise: squares and soft targets have a minimum, NCA
 # pulls the chosen reward to log 2, robust DPO and EXO turn past a margin, APO-down lowers both, and
 # DiscoPOP as published rises around z = 0.
 NOT_MONOTONE = {"ipo", "ipo_sum", "sppo_hard", "sppo", "mmpo", "osp", "rpo", "inpo", "egpo"}
-NOT_MONOTONE |= {"nca_pair", "robust", "exo_pair", "apo_down", "discopop"}
+NOT_MONOTONE |= {"nca_pair", "robust", "exo_pair", "apo_down", "discopop", "cal_dpo"}
 
 
 def tensors(values: dict[str, float], dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -202,6 +210,28 @@ def test_gradients_in_the_divergences():
         preference_loss(**given, loss_type=name).loss.sum().backward()
         found[name] = [k for k in SCORED if given[k].grad is not None and given[k].grad != 0]
     assert found == {"tdpo1": ["chosen_kl", "rejected_kl"], "tdpo2": ["rejected_kl"], "wpo": []}
+
+
+def test_aot_sorts_the_batch():
+    """Against the definition: sorted, then paired; in parts, with the whole batch's matches."""
+    given = {k: v for k, v in draw(9).items() if k in PAIR}
+    given["chosen"].requires_grad_()
+    given["rejected"].requires_grad_()
+    policy, ref = (given[p + "chosen"] - given[p + "rejected"] for p in ("", "ref_"))
+    chosen, rejected = (given[k] - given["ref_" + k] for k in ("chosen", "rejected"))
+    sides = [given["chosen"], given["rejected"]]
+    for name, a, b in (("aot", policy, ref), ("aot_unpaired", chosen, rejected)):
+        wanted = F.softplus(-0.5 * (a.sort().values - b.sort().values)).sum()
+        found = preference_loss(**given, loss_type=name, beta=0.5).loss.sum()
+        assert_close(found, wanted)
+        grads = (torch.autograd.grad(x, sides, retain_graph=True) for x in (found, wanted))
+        assert_close(*grads)
+    whole = preference_loss(**given, loss_type="aot").loss
+    for i, j in ((0, 4), (4, 9)):
+        part = {k: v[i:j] for k, v in given.items()}
+        matched = matched_by_rank(policy, ref, i, j)
+        found = preference_loss(**part, loss_type="aot", matched=matched).loss
+        assert_close(found, whole[i:j])
 
 
 def test_which_losses_use_a_reference():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from prefuse.kernels.preference import LOSSES, hyperparameters, inputs, preference_loss
+from prefuse.kernels.preference import BATCHWISE, LOSSES, hyperparameters, inputs, preference_loss
 
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
@@ -111,6 +111,12 @@ def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
         hint = nearest(config.loss_type, LOSSES)
         raise UserError(
             f"--loss_type: wanted one of {', '.join(LOSSES)}; got {config.loss_type}{hint}"
+        )
+    if config.loss_type in BATCHWISE:
+        raise UserError(
+            f"--loss_type {config.loss_type}: it compares the pairs of the whole batch, which this "
+            "command sees a part at a time; call prefuse.kernels.preference.preference_loss in a "
+            "loop of your own"
         )
     absent = set(inputs(LOSSES[config.loss_type])) - PROVIDED
     if absent:
