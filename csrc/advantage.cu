@@ -23,6 +23,7 @@ constexpr int kBlocksPerSm = 4;  // a fifth spills registers
 #else
 constexpr int kBlocksPerSm = 5;
 #endif
+constexpr int kShapedBlocksPerSm = 3;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr unsigned long long kUnpublished = ~0ull;  // a NaN slope, which no map has
 
@@ -139,19 +140,93 @@ __device__ __forceinline__ void store(float* to, int token, int tokens,
   }
 }
 
-template <bool kHasValues>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    gae_kernel(GaeArguments args, int chunks, unsigned long long* published, unsigned* ticket) {
+// The sequence of a token: the first that ends after it.
+__device__ int sequence_of(const GaeArguments& args, int token) {
+  int low = 0, high = static_cast<int>(args.sequences) - 1;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (args.cu_seqlens[middle + 1] > token) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+// Map 0 leads to the advantages, map 1 to the returns, which may have a lambda of their own.
+template <int kMaps>
+__device__ __forceinline__ float decay_of(const GaeArguments& args, int map, int sequence) {
+  if (kMaps == 1) return args.gamma * args.lam;
+  const float* lams = map ? args.critic_lams : args.lams;
+  return args.gamma * (lams ? lams[sequence] : map ? args.critic_lam : args.lam);
+}
+
+// Adds up `own` over the block, then over all blocks: the last block to come here adds the parts
+// of all, in their order, so the result is the same bits in every run. `arrived` starts at ~0.
+__device__ void add_up(double (&own)[3], int chunk, int chunks, double* parts, unsigned* arrived,
+                       double* statistics) {
+  __shared__ double warp_sums[kWarps][3];
+  __shared__ bool is_last;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2)
+      own[k] += __shfl_down_sync(kAllLanes, own[k], step);
+    if (lane == 0) warp_sums[warp][k] = own[k];
+  }
+  __syncthreads();
+  if (thread == 0) {
+    for (int k = 0; k < 3; ++k) {
+      double sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][k];
+      parts[3 * chunk + k] = sum;
+    }
+    __threadfence();
+    is_last = atomicAdd(arrived, 1u) + 1u == static_cast<unsigned>(chunks - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last || warp != 0) return;
+  const volatile double* all = parts;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    double sum = 0;
+    for (int other = lane; other < chunks; other += kLanes) sum += all[3 * other + k];
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2)
+      sum += __shfl_down_sync(kAllLanes, sum, step);
+    if (lane == 0) statistics[k] = sum;
+  }
+}
+
+// What lies in `scratch`, in 8-byte words; the first `marked` must be all ones.
+struct Scratch {
+  unsigned long long* published;  // [maps][chunks]
+  unsigned* tickets;              // [2]: of the chunks that start, and that have added up
+  double* parts;                  // [chunks][3]
+  int64_t marked;
+
+  Scratch(void* scratch, int maps, int64_t chunks)
+      : published(static_cast<unsigned long long*>(scratch)),
+        tickets(reinterpret_cast<unsigned*>(published + maps * chunks)),
+        parts(reinterpret_cast<double*>(published + maps * chunks + 1)),
+        marked(maps * chunks + 1) {}
+};
+
+// kShaped: with a KL penalty and statistics, if their pointers are set; kMaps = 2: with lambdas of
+// each sequence, or of the critic.
+template <bool kHasValues, int kMaps, bool kShaped>
+__global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBlocksPerSm)
+    gae_kernel(GaeArguments args, int chunks, Scratch scratch) {
   __shared__ unsigned ends[kChunk / 32];
   __shared__ float tails[kChunk];
-  __shared__ Affine warp_maps[kWarps];
-  __shared__ float chunk_carried;
+  __shared__ Affine warp_maps[kMaps][kWarps];
+  __shared__ float chunk_carried[kMaps];
   __shared__ int chunk_index;
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   // Tickets make sure that the chunks this one waits for have already started. The counter was
   // set to all ones, so the first ticket is 0.
-  if (thread == 0) chunk_index = chunks - 1 - static_cast<int>(atomicAdd(ticket, 1u) + 1u);
+  if (thread == 0) chunk_index = chunks - 1 - static_cast<int>(atomicAdd(scratch.tickets, 1u) + 1u);
   if (thread < kChunk / 32) ends[thread] = 0;
   __syncthreads();
   const int chunk = chunk_index, chunk_begin = chunk * kChunk;
@@ -159,72 +234,117 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
   float reward[kTiles][kVector], value[kTiles][kVector] = {};
   unsigned mask[kTiles];
+  int sequence[kTiles] = {};  // of the last of this lane's tokens
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
     load(args.rewards + chunk_begin, local, tokens, reward[tile]);
     if (kHasValues) load(args.values + chunk_begin, local, tokens, value[tile]);
     mask[tile] = args.mask ? load(args.mask + chunk_begin, local, tokens) : 0x01010101u;
+    if (kShaped && args.logp) {
+      float logp[kVector], ref_logp[kVector];
+      load(args.logp + chunk_begin, local, tokens, logp);
+      load(args.ref_logp + chunk_begin, local, tokens, ref_logp);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (mask[tile] >> 8 * i & 0xffu) reward[tile][i] -= args.kl_coef * (logp[i] - ref_logp[i]);
+    }
+    if (kMaps > 1) sequence[tile] = sequence_of(args, chunk_begin + local + kVector - 1);
   }
   mark_ends(args, chunk_begin, ends, tails);
   __syncthreads();
 
   // Composite maps: of this lane's tokens, of the later lanes in the tile, of tile, warp, chunk.
-  const float decay = args.gamma * args.lam, keep = args.gamma - decay;
-  Affine later_lanes[kTiles], tile_map[kTiles];
+  Affine later_lanes[kMaps][kTiles], tile_map[kMaps][kTiles], warp_map[kMaps], later_warps[kMaps];
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
-    const unsigned ended = ends[local / 32] >> (local % 32);
-    Affine map = {1.0f, 0.0f};
+  for (int m = 0; m < kMaps; ++m) {
 #pragma unroll
-    for (int i = kVector - 1; i >= 0; --i) {
-      if (ended >> i & 1u) map = {0.0f, tails[local + i]};
-      const float r = reward[tile][i];
-      const bool acts = mask[tile] >> 8 * i & 0xffu;
-      const float offset = acts ? fmaf(decay, r, keep * value[tile][i]) : r;
-      map = compose({acts ? decay : 1.0f, offset}, map);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+      const unsigned ended = ends[local / 32] >> (local % 32);
+      int s = sequence[tile];
+      Affine map = {1.0f, 0.0f};
+#pragma unroll
+      for (int i = kVector - 1; i >= 0; --i) {
+        if (kMaps > 1)
+          while (args.cu_seqlens[s] > chunk_begin + local + i) --s;
+        const float decay = decay_of<kMaps>(args, m, s), keep = args.gamma - decay;
+        if (ended >> i & 1u) map = {0.0f, tails[local + i]};
+        const float r = reward[tile][i];
+        const bool acts = mask[tile] >> 8 * i & 0xffu;
+        const float offset = acts ? fmaf(decay, r, keep * value[tile][i]) : r;
+        map = compose({acts ? decay : 1.0f, offset}, map);
+      }
+      map = scan_warp(map, lane);
+      tile_map[m][tile] = from_lane(map, 0);
+      const Affine next_lane = from_lane(map, (lane + 1) % kLanes);
+      later_lanes[m][tile] = lane == kLanes - 1 ? Affine{1.0f, 0.0f} : next_lane;
     }
-    map = scan_warp(map, lane);
-    tile_map[tile] = from_lane(map, 0);
-    const Affine next_lane = from_lane(map, (lane + 1) % kLanes);
-    later_lanes[tile] = lane == kLanes - 1 ? Affine{1.0f, 0.0f} : next_lane;
-  }
-  Affine warp_map = tile_map[0];
+    warp_map[m] = tile_map[m][0];
 #pragma unroll
-  for (int tile = 1; tile < kTiles; ++tile) warp_map = compose(warp_map, tile_map[tile]);
-  if (lane == 0) warp_maps[warp] = warp_map;
+    for (int tile = 1; tile < kTiles; ++tile) warp_map[m] = compose(warp_map[m], tile_map[m][tile]);
+    if (lane == 0) warp_maps[m][warp] = warp_map[m];
+  }
   __syncthreads();
-  Affine later_warps = {1.0f, 0.0f};
-  for (int other = warp + 1; other < kWarps; ++other)
-    later_warps = compose(later_warps, warp_maps[other]);
+#pragma unroll
+  for (int m = 0; m < kMaps; ++m) {
+    later_warps[m] = {1.0f, 0.0f};
+    for (int other = warp + 1; other < kWarps; ++other)
+      later_warps[m] = compose(later_warps[m], warp_maps[m][other]);
+  }
 
   if (warp == 0) {
-    if (lane == 0) atomicExch(&published[chunk], pack(compose(warp_map, later_warps)));
-    const float carried = carried_into(chunk, chunks, published, lane);
-    if (lane == 0) chunk_carried = carried;
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) {
+      if (lane == 0)
+        atomicExch(&scratch.published[m * chunks + chunk],
+                   pack(compose(warp_map[m], later_warps[m])));
+    }
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) {
+      const float carried = carried_into(chunk, chunks, scratch.published + m * chunks, lane);
+      if (lane == 0) chunk_carried[m] = carried;
+    }
   }
   __syncthreads();
 
-  float carried = apply(later_warps, chunk_carried);
+  float carried[kMaps];
+  double sums[3] = {};
+#pragma unroll
+  for (int m = 0; m < kMaps; ++m) carried[m] = apply(later_warps[m], chunk_carried[m]);
 #pragma unroll
   for (int tile = kTiles - 1; tile >= 0; --tile) {
     const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
     const unsigned ended = ends[local / 32] >> (local % 32);
-    float inside = apply(later_lanes[tile], carried), advantage[kVector], total[kVector];
+    float advantage[kVector], total[kVector];
 #pragma unroll
-    for (int i = kVector - 1; i >= 0; --i) {
-      if (ended >> i & 1u) inside = tails[local + i];
-      const float sum = reward[tile][i] + inside;
-      const bool acts = mask[tile] >> 8 * i & 0xffu;
-      inside = acts ? fmaf(decay, sum, keep * value[tile][i]) : sum;
-      total[i] = acts ? sum : 0.0f;
-      advantage[i] = acts ? sum - value[tile][i] : 0.0f;
+    for (int m = 0; m < kMaps; ++m) {
+      float inside = apply(later_lanes[m][tile], carried[m]);
+      int s = sequence[tile];
+#pragma unroll
+      for (int i = kVector - 1; i >= 0; --i) {
+        if (kMaps > 1)
+          while (args.cu_seqlens[s] > chunk_begin + local + i) --s;
+        const float decay = decay_of<kMaps>(args, m, s), keep = args.gamma - decay;
+        if (ended >> i & 1u) inside = tails[local + i];
+        const float sum = reward[tile][i] + inside;
+        const bool acts = mask[tile] >> 8 * i & 0xffu;
+        inside = acts ? fmaf(decay, sum, keep * value[tile][i]) : sum;
+        if (m == 0) advantage[i] = acts ? sum - value[tile][i] : 0.0f;
+        if (m == kMaps - 1) total[i] = acts ? sum : 0.0f;
+        if (kShaped && m == 0 && acts && local + i < tokens) {
+          sums[0] += 1.0;
+          sums[1] += advantage[i];
+          sums[2] += static_cast<double>(advantage[i]) * advantage[i];
+        }
+      }
+      carried[m] = apply(tile_map[m][tile], carried[m]);
     }
     store(args.returns + chunk_begin, local, tokens, total);
     if (kHasValues) store(args.advantages + chunk_begin, local, tokens, advantage);
-    carried = apply(tile_map[tile], carried);
   }
+  if (kShaped && args.statistics)
+    add_up(sums, chunk, chunks, scratch.parts, scratch.tickets + 1, args.statistics);
 }
 
 int64_t count_chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
@@ -236,17 +356,18 @@ void check(cudaError_t error) {
 
 }  // namespace
 
-int64_t gae_cuda_scratch(int64_t tokens) { return count_chunks(tokens) + 1; }
+int64_t gae_cuda_scratch(int64_t tokens) { return 5 * count_chunks(tokens) + 1; }
 
 void gae_cuda(const GaeArguments& args, void* scratch, void* stream) {
   const int64_t chunks = count_chunks(args.tokens);
   const auto on = static_cast<cudaStream_t>(stream);
-  auto* published = static_cast<unsigned long long*>(scratch);
-  auto* ticket = reinterpret_cast<unsigned*>(published + chunks);
-  check(cudaMemsetAsync(scratch, 0xff, gae_cuda_scratch(args.tokens) * 8, on));
-  const auto kernel = args.values ? gae_kernel<true> : gae_kernel<false>;
-  kernel<<<static_cast<unsigned>(chunks), kThreads, 0, on>>>(args, static_cast<int>(chunks),
-                                                              published, ticket);
+  const bool two = args.two_lambdas();
+  const Scratch parts(scratch, two ? 2 : 1, chunks);
+  check(cudaMemsetAsync(scratch, 0xff, parts.marked * 8, on));
+  const auto shaped = two ? gae_kernel<true, 2, true> : gae_kernel<true, 1, true>;
+  const auto plain = args.values ? gae_kernel<true, 1, false> : gae_kernel<false, 1, false>;
+  const auto kernel = args.plain() ? plain : shaped;
+  kernel<<<static_cast<unsigned>(chunks), kThreads, 0, on>>>(args, static_cast<int>(chunks), parts);
   check(cudaGetLastError());
 }
 

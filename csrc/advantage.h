@@ -4,17 +4,27 @@
 
 namespace prefuse {
 
-// `values`, `mask`, `bootstrap` and `advantages` may be null: zeros, all true, zeros, not wanted.
+// All pointers but `rewards`, `cu_seqlens` and `returns` may be null: values of 0, all true, a
+// bootstrap of 0, no penalty, the scalar for every sequence; advantages or statistics not wanted.
 struct GaeArguments {
   const float* rewards;        // [tokens]
   const float* values;         // [tokens]
   const uint8_t* mask;         // [tokens], 0 at observations
   const float* bootstrap;      // [sequences]
   const int32_t* cu_seqlens;   // [sequences + 1]
+  const float* logp;           // [tokens], with ref_logp: an action's reward loses
+  const float* ref_logp;       // kl_coef * (logp - ref_logp)
+  const float* lams;           // [sequences], of the advantages
+  const float* critic_lams;    // [sequences], of the returns
   float* advantages;           // [tokens]
   float* returns;              // [tokens]
+  double* statistics;          // [3]: count, sum and sum of squares of the actions' advantages
   int64_t tokens, sequences;
-  float gamma, lam;
+  float gamma, lam, critic_lam, kl_coef;
+
+  // Whether advantages and returns need a scan each, and whether plain GAE is all that is asked.
+  bool two_lambdas() const { return lams || critic_lams || lam != critic_lam; }
+  bool plain() const { return !two_lambdas() && !logp && !statistics; }
 };
 
 void gae_cpu(const GaeArguments& args, int threads);

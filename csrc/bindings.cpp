@@ -88,15 +88,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("policy_cpu", &prefuse::policy_cpu, unlocked);
   py::class_<prefuse::GaeArguments>(m, "GaeArguments")
       .def(py::init([](Address rewards, Address values, Address mask, Address bootstrap,
-                       Address cu_seqlens, Address advantages, Address returns, int64_t tokens,
-                       int64_t sequences, float gamma, float lam) {
+                       Address cu_seqlens, Address logp, Address ref_logp, Address lams,
+                       Address critic_lams, Address advantages, Address returns,
+                       Address statistics, int64_t tokens, int64_t sequences, float gamma,
+                       float lam, float critic_lam, float kl_coef) {
         return prefuse::GaeArguments{
             at<const float>(rewards),      at<const float>(values),
             at<const uint8_t>(mask),       at<const float>(bootstrap),
-            at<const int32_t>(cu_seqlens), at<float>(advantages),
-            at<float>(returns),            tokens,
-            sequences,                     gamma,
-            lam};
+            at<const int32_t>(cu_seqlens), at<const float>(logp),
+            at<const float>(ref_logp),     at<const float>(lams),
+            at<const float>(critic_lams),  at<float>(advantages),
+            at<float>(returns),            at<double>(statistics),
+            tokens,                        sequences,
+            gamma,                         lam,
+            critic_lam,                    kl_coef};
       }));
   m.def("gae_cpu", &prefuse::gae_cpu, unlocked);
 

@@ -39,12 +39,19 @@ class GaeArguments:
         mask: int,
         bootstrap: int,
         cu_seqlens: int,
+        logp: int,
+        ref_logp: int,
+        lams: int,
+        critic_lams: int,
         advantages: int,
         returns: int,
+        statistics: int,
         tokens: int,
         sequences: int,
         gamma: float,
         lam: float,
+        critic_lam: float,
+        kl_coef: float,
     ) -> None: ...
 
 def gae_cpu(args: GaeArguments, threads: int) -> None: ...

@@ -15,6 +15,11 @@ it): r_k sums the rewards from the first token of action k up to the first token
 reward before the first action was earned by none and reaches none. Observations get A = G = 0;
 their values do not matter.
 
+The returns may have a lambda of their own (decoupled GAE, arXiv:2503.01491), and each sequence its
+own (arXiv:2504.05118). Rewards may be shaped on the way, r_k - kl_coef (log pi - log pi_ref) at the
+tokens of actions, and the advantages' count, sum and sum of squares come along: then whitening
+needs no pass to find them.
+
 The kernels fold V, A and G into one number, what an action sees after itself:
 
     c = gamma ((1 - lam) V_{k+1} + lam G_{k+1}) + rewards at observations in between
@@ -22,53 +27,49 @@ The kernels fold V, A and G into one number, what an action sees after itself:
 
 and c one token earlier is affine in c: gamma lam (r + c) + gamma (1 - lam) V at an action, r + c
 at an observation. Affine maps compose associatively, so a sequence is a reverse scan of
-(slope, offset), with slope 0 where it ends. Bytes a token: r, V, mask read, A, G written = 17;
-`steps` adds a few passes that spread the results over each step's tokens.
+(slope, offset), with slope 0 where it ends; two lambdas are two such scans side by side. Bytes a
+token: r, V, mask read, A, G written = 17, log pi and log pi_ref 8 more; `steps` adds a few passes
+that spread the results over each step's tokens.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import _C, choose_impl, device_guard, expect, stream_of, tl, triton
+from .advantage_parts import Packed, check_packed, layout, reverse_scan, shaped_rewards
+from .launch import _C, choose_impl, device_guard, expect, has_values, stream_of, tl, triton
 from .segments import check_boundaries, segment_ids, segment_sum
+from .whitening import whitening_statistics
 
 
-def reference(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    mask: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    steps: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """gae(), action by action, in the dtype of `rewards`."""
-    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    acts = [True] * len(rewards) if mask is None else mask.tolist()
-    step_bounds = range(len(rewards) + 1) if steps is None else steps.tolist()
-    step_tokens = [[t for t in range(*bounds) if acts[t]] for bounds in pairwise(step_bounds)]
-    actions = [tokens for tokens in step_tokens if tokens]
-    bounds = cu_seqlens.tolist()
-    for sequence in reversed(range(len(bounds) - 1)):
-        next_first = bounds[sequence + 1]
-        next_value = rewards.new_zeros(()) if bootstrap is None else bootstrap[sequence]
-        next_advantage = rewards.new_zeros(())
-        while actions and actions[-1][0] >= bounds[sequence]:
-            tokens = actions.pop()
-            first = tokens[0]
-            reward = rewards[first:next_first].sum()
-            delta = reward + gamma * next_value - values[first]
-            advantages[tokens] = delta + gamma * lam * next_advantage
-            returns[tokens] = advantages[first] + values[first]
-            next_first, next_value, next_advantage = first, values[first], advantages[first]
-    return advantages, returns
+def reference(p: Packed) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of token actions, in plain PyTorch and the dtype of the rewards."""
+    ids, acts, last, next_acts = layout(p)
+    rewards = _shape(p)
+    values = torch.zeros_like(rewards) if p.values is None else p.values
+    next_values = torch.where(next_acts, F.pad(values[1:], (0, 1)), 0.0)
+    if p.bootstrap is not None:
+        rewards = rewards + torch.where(last, p.gamma * p.bootstrap[ids], 0.0)
+
+    def returns(lam: Tensor | float) -> Tensor:
+        decay = p.gamma * (lam[ids] if isinstance(lam, Tensor) else torch.full_like(rewards, lam))
+        slope = torch.where(last, 0.0, torch.where(next_acts, decay, 1.0))
+        found = reverse_scan(slope, rewards + (p.gamma - decay) * next_values)
+        return torch.where(acts, found, 0.0)
+
+    target = returns(p.lam)
+    advantages = torch.where(acts, target - values, 0.0)
+    return advantages, target if p.critic_lam is None else returns(p.critic_lam)
+
+
+def _shape(p: Packed) -> Tensor:
+    if p.logp is None or p.ref_logp is None:
+        return p.rewards
+    return shaped_rewards(p.rewards, p.logp, p.ref_logp, p.mask, kl_coef=p.kl_coef)
 
 
 @triton.jit
@@ -78,115 +79,199 @@ def _compose(later_slope, later_offset, slope, offset):
 
 
 @triton.jit
+def _scan_block(rewards, next_values, next_acts, ends, at_end, gamma, lam, carried):
+    """G of a block's tokens, each slope G' + offset, and the first of them."""
+    decay = gamma * lam
+    offset = rewards + tl.where(next_acts, (gamma - decay) * next_values, 0.0)
+    offset += tl.where(ends, at_end, 0.0)
+    slope = tl.where(ends, 0.0, tl.where(next_acts, decay, 1.0))
+    slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
+    total = tl.where(slope == 0, offset, slope * carried + offset)
+    first = tl.arange(0, total.shape[0]) == 0
+    return total, tl.sum(tl.where(first, total, 0.0), 0)
+
+
+@triton.jit
 def _gae_kernel(
     rewards,
     values,
     mask,
     bootstrap,
     cu_seqlens,
+    logp,
+    ref_logp,
+    lams,
+    critic_lams,
     advantages,
     returns,
+    parts,
+    arrived,
+    statistics,
     gamma,
     lam,
+    critic_lam,
+    kl_coef,
     HAS_VALUES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_BOOTSTRAP: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    HAS_LAMS: tl.constexpr,
+    HAS_CRITIC_LAMS: tl.constexpr,
+    TWO_LAMBDAS: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a sequence: blocks from its end, each a reverse scan of G = slope G' + offset."""
+    """One program a sequence, block by block from its end."""
     sequence = tl.program_id(0)
     begin = tl.load(cu_seqlens + sequence)
     end = tl.load(cu_seqlens + sequence + 1)
-    decay = gamma * lam
-    keep = gamma - decay
+    if HAS_LAMS:
+        lam = tl.load(lams + sequence)
+    if HAS_CRITIC_LAMS:
+        critic_lam = tl.load(critic_lams + sequence)
     at_end = 0.0
     if HAS_BOOTSTRAP:
         at_end = gamma * tl.load(bootstrap + sequence)
-    lane = tl.arange(0, BLOCK)
     carried = 0.0
+    critic_carried = 0.0
+    count = tl.full([], 0.0, tl.float64)
+    sum_ = tl.full([], 0.0, tl.float64)
+    squares = tl.full([], 0.0, tl.float64)
     for done in range(0, end - begin, BLOCK):
-        token = end - done - BLOCK + lane
+        token = end - done - BLOCK + tl.arange(0, BLOCK)
         here = token >= begin
-        has_next = here & (token + 1 < end)
+        ends = token + 1 == end
         acts = here
-        next_acts = has_next
+        next_acts = here & (token + 1 < end)
         if HAS_MASK:
             acts = tl.load(mask + token, mask=here, other=0) != 0
-            next_acts = tl.load(mask + token + 1, mask=has_next, other=0) != 0
-        offset = tl.load(rewards + token, mask=here, other=0.0)
+            next_acts = tl.load(mask + token + 1, mask=next_acts, other=0) != 0
+        reward = tl.load(rewards + token, mask=here, other=0.0)
+        if HAS_KL:
+            reward -= kl_coef * (
+                tl.load(logp + token, mask=acts, other=0.0)
+                - tl.load(ref_logp + token, mask=acts, other=0.0)
+            )
+        next_value = tl.zeros([BLOCK], tl.float32)
         if HAS_VALUES:
             next_value = tl.load(values + token + 1, mask=next_acts, other=0.0)
-            offset += tl.where(next_acts, keep * next_value, 0.0)
-        offset += tl.where(token + 1 == end, at_end, 0.0)
-        slope = tl.where(token + 1 == end, 0.0, tl.where(next_acts, decay, 1.0))
-        slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
-        total = tl.where(slope == 0, offset, slope * carried + offset)
-        carried = tl.sum(tl.where(lane == 0, total, 0.0), 0)
-        tl.store(returns + token, tl.where(acts, total, 0.0), mask=here)
+        total, carried = _scan_block(
+            reward, next_value, next_acts, ends, at_end, gamma, lam, carried
+        )
+        target = total
+        if TWO_LAMBDAS:
+            target, critic_carried = _scan_block(
+                reward, next_value, next_acts, ends, at_end, gamma, critic_lam, critic_carried
+            )
+        tl.store(returns + token, tl.where(acts, target, 0.0), mask=here)
         if HAS_VALUES:
             value = tl.load(values + token, mask=acts, other=0.0)
-            tl.store(advantages + token, tl.where(acts, total - value, 0.0), mask=here)
+            advantage = tl.where(acts, total - value, 0.0)
+            tl.store(advantages + token, advantage, mask=here)
+            if HAS_STATISTICS:
+                exact = advantage.to(tl.float64)
+                count += tl.sum(acts.to(tl.int32), 0)
+                sum_ += tl.sum(exact, 0)
+                squares += tl.sum(exact * exact, 0)
+    if HAS_STATISTICS:
+        tl.store(parts + 3 * sequence, count)
+        tl.store(parts + 3 * sequence + 1, sum_)
+        tl.store(parts + 3 * sequence + 2, squares)
+        tl.debug_barrier()
+        # The last program adds up the parts of all, in their order: the same bits in every run.
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            for k in tl.static_range(3):
+                lanes = tl.zeros([BLOCK], tl.float64)
+                for first in range(0, tl.num_programs(0), BLOCK):
+                    other = first + tl.arange(0, BLOCK)
+                    known = other < tl.num_programs(0)
+                    lanes += tl.load(parts + 3 * other + k, mask=known, other=0.0, volatile=True)
+                tl.store(statistics + k, tl.sum(lanes, 0))
 
 
-class _Packed(NamedTuple):
-    """Checked inputs, of one floating-point dtype. Values None: only returns are wanted."""
-
-    rewards: Tensor
-    values: Tensor | None
-    mask: Tensor | None
-    bootstrap: Tensor | None
-    cu_seqlens: Tensor
-    gamma: float
-    lam: float
+class _Results(NamedTuple):
+    advantages: Tensor | None  # None without values
+    returns: Tensor
+    statistics: Tensor | None
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _scalar(x: Tensor | float | None) -> float:
+    return x if isinstance(x, float) else 0.0
 
 
-def _arguments(p: _Packed, advantages: Tensor | None, returns: Tensor) -> _C.GaeArguments:
+def _pointer(x: Tensor | float | None) -> int:
+    return x.data_ptr() if isinstance(x, Tensor) else 0
+
+
+def _arguments(p: Packed, out: _Results) -> _C.GaeArguments:
+    critic_lam = p.lam if p.critic_lam is None else p.critic_lam
     return _C.GaeArguments(
-        _address(p.rewards),
-        _address(p.values),
-        _address(p.mask),
-        _address(p.bootstrap),
-        _address(p.cu_seqlens),
-        _address(advantages),
-        _address(returns),
+        _pointer(p.rewards),
+        _pointer(p.values),
+        _pointer(p.mask),
+        _pointer(p.bootstrap),
+        _pointer(p.cu_seqlens),
+        _pointer(p.logp),
+        _pointer(p.ref_logp),
+        _pointer(p.lam),
+        _pointer(critic_lam),
+        _pointer(out.advantages),
+        _pointer(out.returns),
+        _pointer(out.statistics),
         len(p.rewards),
         len(p.cu_seqlens) - 1,
         p.gamma,
-        p.lam,
+        _scalar(p.lam),
+        _scalar(critic_lam),
+        p.kl_coef,
     )
 
 
-def _launch_cpu(p: _Packed, advantages: Tensor | None, returns: Tensor) -> None:
-    _C.gae_cpu(_arguments(p, advantages, returns), torch.get_num_threads())
+def _launch_cpu(p: Packed, out: _Results) -> None:
+    _C.gae_cpu(_arguments(p, out), torch.get_num_threads())
 
 
-def _launch_cuda(p: _Packed, advantages: Tensor | None, returns: Tensor) -> None:
-    words = _C.gae_cuda_scratch(len(returns))
-    scratch = torch.empty(words, dtype=torch.int64, device=returns.device)
-    with device_guard(returns):
-        arguments = _arguments(p, advantages, returns)
-        _C.gae_cuda(arguments, scratch.data_ptr(), stream_of(returns))
+def _launch_cuda(p: Packed, out: _Results) -> None:
+    words = _C.gae_cuda_scratch(len(out.returns))
+    scratch = torch.empty(words, dtype=torch.int64, device=out.returns.device)
+    with device_guard(out.returns):
+        _C.gae_cuda(_arguments(p, out), scratch.data_ptr(), stream_of(out.returns))
 
 
-def _launch_triton(p: _Packed, advantages: Tensor | None, returns: Tensor) -> None:
-    with device_guard(returns):
-        _gae_kernel[(len(p.cu_seqlens) - 1,)](
+def _launch_triton(p: Packed, out: _Results) -> None:
+    sequences, device = len(p.cu_seqlens) - 1, out.returns.device
+    parts = arrived = None
+    if out.statistics is not None:
+        parts = torch.empty(3 * sequences, dtype=torch.float64, device=device)
+        arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    with device_guard(out.returns):
+        _gae_kernel[(sequences,)](
             p.rewards,
             p.values,
             p.mask,
             p.bootstrap,
             p.cu_seqlens,
-            advantages,
-            returns,
+            p.logp,
+            p.ref_logp,
+            p.lam if isinstance(p.lam, Tensor) else None,
+            p.critic_lam if isinstance(p.critic_lam, Tensor) else None,
+            out.advantages,
+            out.returns,
+            parts,
+            arrived,
+            out.statistics,
             p.gamma,
-            p.lam,
+            _scalar(p.lam),
+            _scalar(p.critic_lam),
+            p.kl_coef,
             HAS_VALUES=p.values is not None,
             HAS_MASK=p.mask is not None,
             HAS_BOOTSTRAP=p.bootstrap is not None,
+            HAS_KL=p.logp is not None,
+            HAS_LAMS=isinstance(p.lam, Tensor),
+            HAS_CRITIC_LAMS=isinstance(p.critic_lam, Tensor),
+            TWO_LAMBDAS=p.critic_lam is not None,
+            HAS_STATISTICS=out.statistics is not None,
             BLOCK=1024,
         )
 
@@ -194,15 +279,17 @@ def _launch_triton(p: _Packed, advantages: Tensor | None, returns: Tensor) -> No
 _LAUNCH = {"cpu": _launch_cpu, "cuda": _launch_cuda, "triton": _launch_triton}
 
 
-def _scan(packed: _Packed, impl: str) -> tuple[Tensor | None, Tensor]:
-    """Advantages (None without values) and returns of token actions; float32."""
+def _scan(packed: Packed, impl: str, statistics: bool = False) -> _Results:
+    """Results of token actions, by a kernel; float32."""
     tensors = {name: _aligned(x) for name, x in packed._asdict().items() if isinstance(x, Tensor)}
     packed = packed._replace(**tensors)
     returns = torch.empty_like(packed.rewards)
     advantages = None if packed.values is None else torch.empty_like(returns)
+    sums = returns.new_zeros(3, dtype=torch.float64) if statistics else None
+    out = _Results(advantages, returns, sums)
     if len(returns):
-        _LAUNCH[impl](packed, advantages, returns)
-    return advantages, returns
+        _LAUNCH[impl](packed, out)
+    return out
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -211,46 +298,181 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def _estimate(packed: Packed, steps: Tensor | None, impl: str, statistics: bool) -> _Results:
+    """By the implementation that `impl` and the tensors ask for."""
+    if steps is not None:
+        _check_steps(steps, packed)
+    if impl == "auto" and not has_values(packed.rewards):
+        impl = "reference"
+    impl = choose_impl(impl, packed.rewards.device, ("cuda", "triton", "cpu"))
+    with torch.no_grad():
+        if steps is not None:
+            return _estimate_steps(packed, steps, impl, statistics)
+        if impl != "reference":
+            return _scan(packed, impl, statistics)
+        advantages, returns = reference(packed)
+        sums = whitening_statistics(advantages, packed.mask) if statistics else None
+        return _Results(advantages, returns, sums)
+
+
+def _estimate_steps(packed: Packed, steps: Tensor, impl: str, statistics: bool) -> _Results:
+    """To a step's first action its later tokens are like observations, once rewards are shaped."""
+    ids = segment_ids(steps, len(packed.rewards))
+    acts = torch.ones_like(ids, dtype=torch.bool) if packed.mask is None else packed.mask
+    before = acts.cumsum(0) - acts.long()  # actions before each token
+    first = acts & (before == before[steps[ids]])
+    packed = packed._replace(rewards=_shape(packed), mask=first, logp=None, ref_logp=None)
+    found = _estimate(packed, None, impl, False)
+
+    def spread(x: Tensor) -> Tensor:  # only the step's first action is not 0: the sum is that
+        return segment_sum(x, steps)[ids].where(acts, 0.0)
+
+    assert found.advantages is not None  # there are values
+    advantages = spread(found.advantages)
+    sums = whitening_statistics(advantages, acts) if statistics else None
+    return _Results(advantages, spread(found.returns), sums)
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: Tensor | float = 0.95,
+    critic_lam: Tensor | float | None = None,
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
     steps: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of packed sequences, each [T], float32 and detached.
+    """GAE, arXiv:1506.02438: A_k = delta_k + gamma lam A_{k+1}, delta_k = r_k + gamma V' - V_k.
+
+    Advantages and returns of packed sequences, each [T], float32 and detached.
 
     Args:
         rewards: [T].
         values: [T], the critic's value before each token.
         cu_seqlens: [S+1] int32; sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
-        gamma, lam: in [0, 1].
+        gamma, lam: in [0, 1]; lam may be [S], one for each sequence.
+        critic_lam: that of the returns, if not lam: G_k = V_k + the advantage at critic_lam.
         mask: [T] bool, False at observations; all True if omitted.
         bootstrap: [S], V of the state after each sequence: the critic's where it was truncated,
             0 where it terminated; all 0 if omitted.
         steps: [N+1] int32, boundaries of the steps (macro actions, turns) in the packed tokens;
             every token is in one step and no step crosses a sequence. Checking that waits for
-            the GPU.
+            the GPU. A step's value is that at its first action: see credit.step_values.
         impl: "cuda", "triton", "cpu" (C++) or "reference", which keeps float64.
     """
-    packed = _check(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam)
-    if steps is not None:
-        _check_steps(steps, packed)
-    impl = choose_impl(impl, rewards.device, ("cuda", "triton", "cpu"))
-    with torch.no_grad():
-        if impl == "reference":
-            return reference(**packed._asdict(), steps=steps)
-        if steps is None:
-            advantages, returns = _scan(packed, impl)
-        else:
-            advantages, returns = _scan_steps(packed, steps, impl)
-    assert advantages is not None  # there are values
-    return advantages, returns
+    packed = check_packed(
+        rewards,
+        values,
+        cu_seqlens,
+        mask=mask,
+        bootstrap=bootstrap,
+        gamma=gamma,
+        lam=lam,
+        critic_lam=critic_lam,
+    )
+    found = _estimate(packed, steps, impl, False)
+    assert found.advantages is not None  # there are values
+    return found.advantages, found.returns
+
+
+class ShapedGae(NamedTuple):
+    """What `shaped_gae` returns."""
+
+    advantages: Tensor  # [T]
+    returns: Tensor  # [T]
+    statistics: Tensor  # [3] float64, of the advantages of actions, as of whitening_statistics
+
+
+def shaped_gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    *,
+    kl_coef: float = 0.05,
+    gamma: float = 1.0,
+    lam: Tensor | float = 0.95,
+    critic_lam: Tensor | float | None = None,
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    steps: Tensor | None = None,
+    impl: str = "auto",
+) -> ShapedGae:
+    """PPO's targets, arXiv:1909.08593: GAE of r_t - kl_coef (log pi - log pi_ref), with statistics.
+
+    One launch: shaped_rewards with k1, gae, whitening_statistics. Then, over ranks and
+    micro-batches,
+
+        whiten(found.advantages, all_reduce(found.statistics), mask)
+
+    logp, ref_logp: [T], of the sampled tokens under the policy that sampled them and the reference;
+    not read at observations; no penalty if both are None. The other arguments are those of `gae`.
+    """
+    packed = check_packed(
+        rewards,
+        values,
+        cu_seqlens,
+        mask=mask,
+        bootstrap=bootstrap,
+        gamma=gamma,
+        lam=lam,
+        critic_lam=critic_lam,
+        logp=logp,
+        ref_logp=ref_logp,
+        kl_coef=kl_coef,
+    )
+    found = _estimate(packed, steps, impl, True)
+    assert found.advantages is not None and found.statistics is not None
+    return ShapedGae(found.advantages, found.returns, found.statistics)
+
+
+def length_adaptive_lam(
+    cu_seqlens: Tensor, mask: Tensor | None = None, *, alpha: float = 0.05
+) -> Tensor:
+    """VAPO's lambda, arXiv:2504.05118: 1 - 1 / (alpha n), n a sequence's actions; [S] float32.
+
+    0 where n <= 1 / alpha (20 tokens at the paper's alpha), where the formula is negative.
+    """
+    expect(alpha > 0, "alpha", "a positive number", alpha)
+    lengths = cu_seqlens.diff().float()
+    if mask is not None:
+        lengths = segment_sum(mask.float(), cu_seqlens)
+    return (1 - 1 / (alpha * lengths.clamp(min=1))).clamp(min=0)
+
+
+def vapo_gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    alpha: float = 0.05,
+    critic_lam: Tensor | float = 1.0,
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """VAPO, arXiv:2504.05118: GAE with lam = 1 - 1 / (alpha n), returns with critic_lam = 1.
+
+    Arguments and results are those of `gae`.
+    """
+    lam = length_adaptive_lam(cu_seqlens, mask, alpha=alpha)
+    return gae(
+        rewards,
+        values,
+        cu_seqlens,
+        gamma=gamma,
+        lam=lam,
+        critic_lam=critic_lam,
+        mask=mask,
+        bootstrap=bootstrap,
+        impl=impl,
+    )
 
 
 def discounted_returns(
@@ -262,74 +484,20 @@ def discounted_returns(
     bootstrap: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """G_k = r_k + gamma G_{k+1}, [T], float32 and detached: GAE's returns at lam = 1.
+    """Reward-to-go, arXiv:1506.02438: G_k = r_k + gamma G_{k+1}, GAE's returns at lam = 1.
 
-    Arguments and the treatment of observations are those of `gae`; G_{K+1} = bootstrap.
+    [T], float32 and detached. Arguments and the treatment of observations are those of `gae`;
+    G_{K+1} = bootstrap.
     """
-    packed = _check(rewards, None, mask, bootstrap, cu_seqlens, gamma, 1.0)
-    impl = choose_impl(impl, rewards.device, ("cuda", "triton", "cpu"))
-    with torch.no_grad():
-        if impl == "reference":
-            zeros = torch.zeros_like(packed.rewards)
-            return reference(**packed._replace(values=zeros)._asdict())[1]
-        return _scan(packed, impl)[1]
+    packed = check_packed(rewards, None, cu_seqlens, mask=mask, bootstrap=bootstrap, gamma=gamma)
+    return _estimate(packed, None, impl, False).returns
 
 
-def _scan_steps(packed: _Packed, steps: Tensor, impl: str) -> tuple[Tensor | None, Tensor]:
-    """As `_scan`, over steps: to a step's first action its later tokens are like observations."""
-    ids = segment_ids(steps, len(packed.rewards))
-    acts = torch.ones_like(ids, dtype=torch.bool) if packed.mask is None else packed.mask
-    before = acts.cumsum(0) - acts.long()  # actions before each token
-    first = acts & (before == before[steps[ids]])
-
-    def spread(x: Tensor) -> Tensor:  # only the step's first action is not 0: the sum is that
-        return segment_sum(x, steps)[ids].where(acts, 0.0)
-
-    advantages, returns = _scan(packed._replace(mask=first), impl)
-    return None if advantages is None else spread(advantages), spread(returns)
-
-
-def _check(
-    rewards: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor,
-    gamma: float,
-    lam: float,
-) -> _Packed:
-    """Every check but that of steps; floats come back as float64 or float32, as `rewards` is."""
-    expect(
-        rewards.dim() == 1 and rewards.is_floating_point(),
-        "rewards",
-        "a 1-D floating-point tensor",
-        f"{rewards.dtype} of shape {tuple(rewards.shape)}",
-        "Pack the sequences end to end",
-    )
-    for name, factor in (("gamma", gamma), ("lam", lam)):
-        expect(0 <= factor <= 1, name, "a number in [0, 1]", factor)
-    check_boundaries("cu_seqlens", cu_seqlens, len(rewards), rewards.device)
-    for name, x, length in (
-        ("values", values, len(rewards)),
-        ("mask", mask, len(rewards)),
-        ("bootstrap", bootstrap, len(cu_seqlens) - 1),
-    ):
-        if x is None:
-            continue
-        expect(tuple(x.shape) == (length,), name, f"shape ({length},)", tuple(x.shape))
-        expect(x.device == rewards.device, name, f"a tensor on {rewards.device}", x.device)
-        kind = x.dtype == torch.bool if name == "mask" else x.is_floating_point()
-        expect(kind, name, "bool" if name == "mask" else "a floating-point dtype", x.dtype)
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    rewards = rewards.detach().to(dtype)
-    values = None if values is None else values.detach().to(dtype)
-    bootstrap = None if bootstrap is None else bootstrap.detach().to(dtype)
-    return _Packed(rewards, values, mask, bootstrap, cu_seqlens, float(gamma), float(lam))
-
-
-def _check_steps(steps: Tensor, packed: _Packed) -> None:
+def _check_steps(steps: Tensor, packed: Packed) -> None:
     rewards, cu_seqlens = packed.rewards, packed.cu_seqlens
     check_boundaries("steps", steps, len(rewards), rewards.device, wait=True)
+    if not has_values(steps):
+        return
     missing = cu_seqlens[~torch.isin(cu_seqlens, steps)].tolist()
     expect(
         not missing,
@@ -340,6 +508,7 @@ def _check_steps(steps: Tensor, packed: _Packed) -> None:
     )
 
 
+_FLAGS = ("VALUES", "MASK", "BOOTSTRAP", "KL", "LAMS", "CRITIC_LAMS", "STATISTICS")
 AOT = [
     (
         _gae_kernel,
@@ -349,16 +518,23 @@ AOT = [
             "mask": "*i1",
             "bootstrap": "*fp32",
             "cu_seqlens": "*i32",
+            "logp": "*fp32",
+            "ref_logp": "*fp32",
+            "lams": "*fp32",
+            "critic_lams": "*fp32",
             "advantages": "*fp32",
             "returns": "*fp32",
+            "parts": "*fp64",
+            "arrived": "*i32",
+            "statistics": "*fp64",
             "gamma": "fp32",
             "lam": "fp32",
-            "HAS_VALUES": "constexpr",
-            "HAS_MASK": "constexpr",
-            "HAS_BOOTSTRAP": "constexpr",
-            "BLOCK": "constexpr",
+            "critic_lam": "fp32",
+            "kl_coef": "fp32",
         },
-        {"HAS_VALUES": True, "HAS_MASK": True, "HAS_BOOTSTRAP": True, "BLOCK": 1024},
+        {f"HAS_{flag}": everything or flag in _FLAGS[:3] for flag in _FLAGS}
+        | {"TWO_LAMBDAS": everything, "BLOCK": 1024},
         4,
     )
+    for everything in (False, True)
 ]
