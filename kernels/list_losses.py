@@ -41,7 +41,7 @@ def exo(x: Listed, *, beta: float = 0.1, alpha: float = 1.0) -> Objective:
 
 
 def plackett_luce(x: Listed, *, beta: float = 0.1) -> Objective:
-    """DPO's Plackett-Luce form, arXiv:2305.18290 app. A.3: sum_k [log sum_{j >= k} exp s_j - s_k].
+    """DPO of K, Plackett-Luce, arXiv:2305.18290 app. A.3: sum_k [log sum_{j >= k} exp s_j - s_k].
 
     k runs from the best reward to the worst; of equal rewards the earlier column is the better.
     """

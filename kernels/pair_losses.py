@@ -255,7 +255,7 @@ def dpop(pair: Pair, *, beta: float = 0.1, penalty: float = 50.0) -> Objective:
 
 
 def dpo_nll(pair: Pair, *, beta: float = 0.1, nll_coef: float = 1.0) -> Objective:
-    """DPO + NLL (IRPO, arXiv:2404.19733): h(beta delta) - nll_coef l(w) / |w|."""
+    """DPO + NLL (IRPO), arXiv:2404.19733: h(beta delta) - nll_coef l(w) / |w|."""
     chosen, rejected = pair.log_ratios()
     loss = logistic(beta * (chosen - rejected)) + nll_coef * pair.mean_nll()
     return objective(loss, beta * chosen, beta * rejected)

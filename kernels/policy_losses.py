@@ -165,8 +165,9 @@ def vespo(
     Liger clamp each u to +-20 and sum u to -18.4 and 20, where f is 0 by then.
     """
     u = x.log_ratio()
-    if x.rollout_logp is not None:
-        u = u + x.kept(x.old_logp - x.rollout_logp)
+    rollout_logp = x.optional("rollout_logp")
+    if rollout_logp is not None:
+        u = u + x.kept(x.old_logp - rollout_logp)
     log_w = x.sum(u).detach()
     good = x.need("advantages") >= 0
     k, rate = torch.where(good, k_pos, k_neg), torch.where(good, lambda_pos, lambda_neg)

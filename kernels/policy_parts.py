@@ -37,11 +37,13 @@ class Actions(Inputs):
 
     def kept(self, x: Tensor) -> Tensor:
         """x, and 0 at masked tokens."""
-        return x if self.mask is None else torch.where(self.mask, x, 0.0)
+        mask = self.optional("mask")
+        return x if mask is None else torch.where(mask, x, 0.0)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over each token's sequence or step, at every token of it."""
-        bounds = self.need("cu_seqlens") if self.steps is None else self.steps
+        steps = self.optional("steps")
+        bounds = self.need("cu_seqlens") if steps is None else steps
         total = segment_sum(self.kept(x), bounds, impl=self.impl)
         return segment_spread(total, bounds, len(x), impl=self.impl)
 

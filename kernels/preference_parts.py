@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ class Listed(Inputs):
         return self.logp - self.need("ref_logp")
 
     def valid(self) -> Tensor:
-        return torch.ones_like(self.logp, dtype=torch.bool) if self.mask is None else self.mask
+        mask = self.optional("mask")
+        return torch.ones_like(self.logp, dtype=torch.bool) if mask is None else mask
 
 
 def logistic(z: Tensor) -> Tensor:
@@ -137,6 +139,10 @@ def objective(loss: Tensor, chosen_reward: Tensor, rejected_reward: Tensor) -> O
     return Objective(loss, "pair", metrics)
 
 
+BOOLEAN = ("label", "mask", "off_policy", "selected")
+BOUNDARIES = ("cu_seqlens", "steps")
+
+
 def hyperparameters(loss: Callable) -> dict[str, float]:
     """A loss's own hyperparameters and their defaults, read off its signature."""
     return {
@@ -147,9 +153,17 @@ def hyperparameters(loss: Callable) -> dict[str, float]:
 
 
 def inputs(loss: Callable, kind: type[Inputs] = Pair) -> tuple[str, ...]:
-    """The fields of `kind` that a loss reads, found by calling it on ones."""
-    names = [f.name for f in fields(kind)]
+    """The fields of `kind` that a loss cannot do without."""
+    return probe(loss, kind)[0]
+
+
+def probe(loss: Callable, kind: type[Inputs]) -> tuple[tuple[str, ...], Any]:
+    """The fields of `kind` that a loss reads, found by calling it on ones, and what it returned."""
+    names = [f.name for f in fields(kind) if "Tensor" in str(f.type)]
     one = torch.ones((1, 1) if kind is Listed else (1,))
+    given = dict.fromkeys(names, one)
+    given |= {name: one.bool() for name in BOOLEAN if name in given}
+    given |= {name: torch.tensor([0, 1]).int() for name in BOUNDARIES if name in given}
     asked: set[str] = set()
 
     def remembered(self, name: str):
@@ -159,5 +173,5 @@ def inputs(loss: Callable, kind: type[Inputs] = Pair) -> tuple[str, ...]:
 
     bare = {"__getattribute__": remembered, "optional": lambda self, name: None}
     recorder = type("Recorder", (kind,), bare)
-    loss(recorder(*(one.bool() if name in ("label", "mask") else one for name in names)))
-    return tuple(name for name in names if name in asked)
+    result = loss(recorder(**given))
+    return tuple(name for name in names if name in asked), result

@@ -18,9 +18,9 @@ from .reward_parts import full
 from .reward_ratings import (
     all_pairs,
     binary,
+    k_wise,
     ordered_thresholds,
     ordinal,
-    plackett_luce,
     regression,
 )
 from .reward_tokens import (
@@ -52,7 +52,7 @@ __all__ = [
     "odin_moments",
     "ordered_thresholds",
     "ordinal",
-    "plackett_luce",
+    "k_wise",
     "prm",
     "regression",
     "time_smoothness",

@@ -41,7 +41,7 @@ def goal_contrastive(
 def info_nce(
     anchors: Tensor, candidates: Tensor, targets: Tensor | None = None, *, temperature: float = 0.05
 ) -> Objective:
-    """InfoNCE, SimCSE's in arXiv:2104.08821: -log softmax_j(cos(a_i, c_j) / temperature) at c_i.
+    """InfoNCE (SimCSE), arXiv:2104.08821: -log softmax_j(cos(a_i, c_j) / temperature) at c_i.
 
     anchors: [N, H], pooled states. candidates: [C, H], the positives and the negatives of all
     anchors. targets: int64 [N], the row of each anchor's positive; row i for anchor i if None.

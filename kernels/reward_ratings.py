@@ -71,7 +71,7 @@ def regression(
 
 
 def ordinal(rewards: Tensor, label: Tensor, thresholds: Tensor) -> Objective:
-    """Cumulative logits (McCullagh 1980): -log [sigmoid(b_y - r) - sigmoid(b_{y-1} - r)].
+    """Cumulative logits, McCullagh 1980: -log [sigmoid(b_y - r) - sigmoid(b_{y-1} - r)].
 
     rewards: r [S]. label: y [S], int64 in 0..K-1, best last. thresholds: b [K-1], rising, of which
     b_{-1} = -inf and b_{K-1} = inf are left out; a parameter, by `ordered_thresholds`.
@@ -113,8 +113,8 @@ def ordered_thresholds(raw: Tensor) -> Tensor:
     return torch.cat([raw[:1], F.softplus(raw[1:])]).cumsum(0)
 
 
-def plackett_luce(rewards: Tensor, quality: Tensor, mask: Tensor | None = None) -> Objective:
-    """Plackett-Luce, arXiv:2301.11270: sum_i [log sum_{j = i or worse than i} exp r_j - r_i].
+def k_wise(rewards: Tensor, quality: Tensor, mask: Tensor | None = None) -> Objective:
+    """K-wise, Plackett-Luce, arXiv:2301.11270: sum_i [log sum_{j = i or worse} exp r_j - r_i].
 
     rewards: r [G, K] of the K answers of G prompts.
     quality: [G, K], higher is better (for ranks, minus the rank).
@@ -138,7 +138,7 @@ def all_pairs(
 ) -> Objective:
     """All pairs of a prompt, arXiv:2203.02155 eq. 1: mean over i better than j of h(r_i - r_j).
 
-    Shapes and masks as in `plackett_luce`. The mean is within the prompt, so a prompt with many
+    Shapes and masks as in `k_wise`. The mean is within the prompt, so a prompt with many
     answers weighs no more than another; ties are no pairs, a prompt without pairs counts 0. Unit:
     group.
     """
@@ -168,5 +168,5 @@ def _accuracy(rewards: Tensor, better: Tensor) -> dict[str, Tensor | Mean]:
     return {"rewards/accuracies": mean_over(wins / count.clamp(min=1), count > 0)}
 
 
-_ALL = (binary, regression, ordinal, plackett_luce, all_pairs)
+_ALL = (binary, regression, ordinal, k_wise, all_pairs)
 LOSSES: dict[str, Callable[..., Objective]] = {loss.__name__: loss for loss in _ALL}

@@ -26,8 +26,8 @@ def value_mse(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Ob
 def value_clipped(
     values: Tensor,
     returns: Tensor,
+    old_values: Tensor,
     mask: Tensor | None = None,
-    old_values: Tensor | None = None,
     *,
     cliprange: float = 0.2,
 ) -> Objective:
@@ -37,8 +37,6 @@ def value_clipped(
     """
     values, returns, mask = _checked(values, returns, mask)
     expect(cliprange > 0, "cliprange", "a positive number", cliprange)
-    expect(old_values is not None, "old_values", "a tensor, which this loss uses", None)
-    assert old_values is not None
     expect(
         old_values.shape == values.shape, "old_values", tuple(values.shape), tuple(old_values.shape)
     )

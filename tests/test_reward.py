@@ -67,7 +67,7 @@ class Case:
             elif name in self.packed:
                 bounds = self.packed[name]
                 parts = x.split(tensors[bounds].diff().tolist())
-                found[name] = torch.cat([parts[i] for i in rows])
+                found[name] = torch.cat([x[:0], *(parts[i] for i in rows)])
             else:
                 found[name] = x[rows]
         for bounds in set(self.packed.values()):
@@ -194,7 +194,7 @@ CASES = [
         falls=("rewards",),
         shared=("thresholds",),
     ),
-    Case("plackett_luce", LIST, [math.log(E + 1 + 1 / E) - 1 + math.log(1 + 1 / E), 2 * h(1)]),
+    Case("k_wise", LIST, [math.log(E + 1 + 1 / E) - 1 + math.log(1 + 1 / E), 2 * h(1)]),
     Case("all_pairs", LIST, [(2 * h(1) + h(2)) / 3, h(1)]),
     Case(
         "all_pairs",
@@ -268,7 +268,7 @@ CASES = [
     ),
 ]
 UNITS = dict.fromkeys(LOSSES, "pair")
-UNITS |= dict.fromkeys(("plackett_luce", "all_pairs"), "group")
+UNITS |= dict.fromkeys(("k_wise", "all_pairs"), "group")
 UNITS |= dict.fromkeys(("prm", "token_nll"), "token")
 UNITS |= dict.fromkeys(("binary", "regression", "ordinal", "implicit_prm"), "sequence")
 UNITS |= dict.fromkeys(("time_smoothness", "info_nce"), "sequence")
@@ -292,7 +292,7 @@ def test_every_loss_has_a_case():
     directed = {case.loss for case in CASES if case.falls or case.rises}
     assert set(LOSSES) - directed == {
         "odin",  # what its heads may do is in test_reward_identities.py
-        "plackett_luce",  # a middle answer is pulled both ways: below
+        "k_wise",  # a middle answer is pulled both ways: below
         "all_pairs",
         "time_smoothness",
         "goal_contrastive",
@@ -464,7 +464,7 @@ def test_ensembles():
         ("ordinal", dict(thresholds=[1.0, 0.0]), {}, "thresholds: wanted rising.*ordered_thr"),
         ("ordinal", dict(label=[0, 1, 3]), {}, "label: wanted classes 0 to 2"),
         ("ordinal", dict(label=[0.0, 1.0, 2.0]), {}, "label: wanted int64 classes"),
-        ("plackett_luce", dict(rewards=[1.0]), {}, r"rewards: wanted \[G, K\]"),
+        ("k_wise", dict(rewards=[1.0]), {}, r"rewards: wanted \[G, K\]"),
         ("all_pairs", dict(mask=[[1.0] * 4] * 2), {}, "mask: wanted a bool tensor"),
         ("bradley_terry_returns", {}, dict(random_labels=1.0), "random_labels: wanted a prob"),
         ("bradley_terry_returns", dict(chosen_cu_seqlens=[0, 2]), {}, "cu_seqlens: wanted bound"),

@@ -22,12 +22,12 @@ from prefuse.kernels.reward import (
     goal_contrastive,
     implicit_prm,
     info_nce,
+    k_wise,
     lore,
     odin,
     odin_moments,
     ordered_thresholds,
     ordinal,
-    plackett_luce,
     prm,
     regression,
     time_smoothness,
@@ -294,24 +294,24 @@ def test_two_ranked_answers_are_a_pair():
     rewards = draw(P, 2)
     quality = torch.tensor([[2.0, 1.0]]).expand(P, 2)
     pair = bradley_terry(rewards[:, 0], rewards[:, 1]).loss
-    assert_same(plackett_luce(rewards, quality).loss, pair, rewards)
+    assert_same(k_wise(rewards, quality).loss, pair, rewards)
     assert_same(all_pairs(rewards, quality).loss, pair, rewards)
     smoothed = bradley_terry(rewards[:, 0], rewards[:, 1], label_smoothing=0.2).loss
     assert_same(all_pairs(rewards, quality, label_smoothing=0.2).loss, smoothed, rewards)
 
 
-def test_plackett_luce_is_the_likelihood_of_the_order():
+def test_k_wise_is_the_likelihood_of_the_order():
     """By the recursion, on strict orders; probabilities of all orders of three sum to 1."""
     rewards, quality = draw(P, 4), torch.rand(P, 4)
     ranked = rewards.gather(1, quality.argsort(1, descending=True))
     wanted = sum(ranked[:, k:].logsumexp(1) - ranked[:, k] for k in range(4))
-    assert_same(plackett_luce(rewards, quality).loss, wanted, rewards)
+    assert_same(k_wise(rewards, quality).loss, wanted, rewards)
     orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
-    losses = plackett_luce(draw(1, 3).expand(6, 3), orders).loss
+    losses = k_wise(draw(1, 3).expand(6, 3), orders).loss
     assert_close((-losses).exp().sum().item(), 1.0)
 
 
-@pytest.mark.parametrize("loss", [plackett_luce, all_pairs])
+@pytest.mark.parametrize("loss", [k_wise, all_pairs])
 def test_rankings(loss):
     """Order of columns and a common shift do not matter; the best rises, the worst falls; ties and
     groups of one compare nothing; padding is inert."""

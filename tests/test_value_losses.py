@@ -148,7 +148,6 @@ BAD = {
     "returns: wanted (3,); got (2,)": ("value_mse", dict(returns=torch.zeros(2))),
     "mask: wanted a bool tensor": ("value_mse", dict(mask=torch.ones(3))),
     "mask: wanted (3,)": ("value_mse", dict(mask=torch.ones(2).bool())),
-    "old_values: wanted a tensor": ("value_clipped", dict(old_values=None)),
     "old_values: wanted (3,)": ("value_clipped", dict(old_values=torch.zeros(1))),
     "cliprange: wanted a positive": ("value_clipped", dict(cliprange=0.0)),
     "delta: wanted a positive": ("value_huber", dict(delta=0.0)),

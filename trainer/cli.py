@@ -12,7 +12,7 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
   sft                 supervised fine-tuning
   dpo                 offline preference optimisation
   train FILE.yaml     what the file's `method` says, with its other keys as flags
-  methods [NAME]      the losses and their hyperparameters
+  methods [NAME]      the losses: formulas, papers, what they read, hyperparameters
   demo                SFT, then DPO, of a tiny model on a generated task
 
 prefuse COMMAND --help lists the flags.
@@ -85,32 +85,17 @@ def _demo(rest: list[str]) -> None:
 
 def _methods(rest: list[str]) -> None:
     """Prints the losses, or one of them whole."""
-    from prefuse.kernels.preference import (
-        LIST_LOSSES,
-        LOSSES,
-        UNPAIRED_LOSSES,
-        hyperparameters,
-    )
-
+    from . import methods
     from .flags import nearest
 
-    families = {
-        "pairs (prefuse dpo --loss_type, kernels.preference.preference_loss)": LOSSES,
-        "single completions (kernels.preference.unpaired_loss)": UNPAIRED_LOSSES,
-        "lists (kernels.preference.list_loss)": LIST_LOSSES,
-    }
-    every = {name: loss for losses in families.values() for name, loss in losses.items()}
-    if rest:
-        if rest[0] not in every:
-            raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], every)}")
-        print(every[rest[0]].__doc__)
-        return
-    width = max(map(len, every))
-    for family, losses in families.items():
-        print(f"\n{family}")
-        for name, loss in losses.items():
-            own = ", ".join(f"{k}={v}" for k, v in hyperparameters(loss).items())
-            print(f"  {name:<{width}} {(loss.__doc__ or '').splitlines()[0]}  [{own}]")
+    if not rest:
+        print(methods.listing())
+    elif rest == ["--markdown"]:
+        print(methods.markdown(), end="")
+    elif rest[0] in methods.METHODS:
+        print(methods.explain(rest[0]))
+    else:
+        raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], methods.METHODS)}")
 
 
 if __name__ == "__main__":
