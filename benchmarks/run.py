@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import ROOT, ceilings, machine, table
 
-BENCHMARKS = ("linear_logp", "logp", "advantage")
+BENCHMARKS = ("linear_logp", "logp", "policy", "advantage")
 
 
 def main() -> None:
