@@ -45,6 +45,8 @@ from .launch import _C, choose_impl, device_guard, expect, has_values, stream_of
 from .segments import check_boundaries, segment_ids, segment_sum
 from .whitening import whitening_statistics
 
+BLOCK = 1024  # tokens of a Triton program's step
+
 
 def reference(p: Packed) -> tuple[Tensor, Tensor]:
     """Advantages and returns of token actions, in plain PyTorch and the dtype of the rewards."""
@@ -272,7 +274,7 @@ def _launch_triton(p: Packed, out: _Results) -> None:
             HAS_CRITIC_LAMS=isinstance(p.critic_lam, Tensor),
             TWO_LAMBDAS=p.critic_lam is not None,
             HAS_STATISTICS=out.statistics is not None,
-            BLOCK=1024,
+            BLOCK=BLOCK,
         )
 
 
@@ -533,7 +535,7 @@ AOT = [
             "kl_coef": "fp32",
         },
         {f"HAS_{flag}": everything or flag in _FLAGS[:3] for flag in _FLAGS}
-        | {"TWO_LAMBDAS": everything, "BLOCK": 1024},
+        | {"TWO_LAMBDAS": everything, "BLOCK": BLOCK},
         4,
     )
     for everything in (False, True)

@@ -1,11 +1,23 @@
-"""GAE and discounted returns, every impl, against hand-worked values and a sum over all later
-actions in float64."""
+"""GAE, shaped GAE, V-trace and discounted returns, every impl, against hand-worked values and a sum
+over all later actions in float64."""
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close as close
 
-from prefuse.kernels.advantage import discounted_returns, gae
+from prefuse.kernels import advantage
+from prefuse.kernels.advantage import (
+    discounted_returns,
+    gae,
+    length_adaptive_lam,
+    shaped_gae,
+    vapo_gae,
+)
+from prefuse.kernels.advantage_parts import shaped_rewards
 from prefuse.kernels.launch import choose_impl
+from prefuse.kernels.vtrace import vtrace
+from prefuse.kernels.whitening import whitening_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -19,8 +31,16 @@ def _runs(impl):
 
 FAST = [impl for impl in ("cuda", "triton", "cpu") if _runs(impl)]
 IMPLS = ["reference", *FAST]
-# Around the lanes, warps, chunks and blocks of the scans: 4, 128, 256, 1024, 2048 tokens.
+# Around the lanes, warps, chunks and blocks of the scans: 4, 64, 128, 256, 1024, 2048 tokens.
 RAGGED = [1, 3, 0, 4, 127, 0, 129, 1023, 5, 1025, 2300, 2]
+SHORT = [5, 0, 1, 60, 33, 2]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Interpreted, a block takes time for each of its lanes."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(advantage, "BLOCK", 64)
 
 
 def boundaries(lengths, device="cpu"):
@@ -128,10 +148,9 @@ def test_hand_worked_observations_and_steps(impl):
 @pytest.mark.parametrize("with_steps", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_the_definition(impl, with_steps, gamma, lam):
-    lengths = [5, 0, 1, 60, 33, 2]
-    batch = ragged_batch(lengths)
-    tokens = torch.arange(sum(lengths) + 1, dtype=torch.int32, device=DEVICE)
-    steps = random_steps(lengths) if with_steps else tokens
+    batch = ragged_batch(SHORT)
+    tokens = torch.arange(sum(SHORT) + 1, dtype=torch.int32, device=DEVICE)
+    steps = random_steps(SHORT) if with_steps else tokens
     wanted = by_definition(**batch, gamma=gamma, lam=lam, steps=steps)
     got = gae(**batch, gamma=gamma, lam=lam, steps=steps if with_steps else None, impl=impl)
     assert_close(got, wanted, impl)
@@ -274,6 +293,238 @@ def test_no_tokens(impl, lengths):
     assert discounted_returns(empty, boundaries(lengths, DEVICE), impl=impl).shape == (0,)
 
 
+def logps(total):
+    """Log-probabilities [T] of two models; at observations they do not matter."""
+    return {n: torch.randn(total, dtype=torch.float64, device=DEVICE) for n in ("logp", "ref_logp")}
+
+
+def lambdas(sequences):
+    return torch.rand(sequences, dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shaped_hand_worked(impl):
+    # k1 = 2, 4, 100; rewards 1 - 2/2, 0, and 3 - 4/2 + the observation's 8, not its KL: 0, 0, 9.
+    # delta = (0 + .5*2 - 1, 9 - 2) = (0, 7); A at lam 1/2: 7/4, 7; G at lam 1: 1 + 7/2, 9.
+    got = shaped_gae(
+        torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64, device=DEVICE),
+        torch.tensor([1.0, 2.0, 77.0], dtype=torch.float64, device=DEVICE),
+        boundaries([3], DEVICE),
+        torch.tensor([-1.0, -1.0, 0.0], dtype=torch.float64, device=DEVICE),
+        torch.tensor([-3.0, -5.0, -100.0], dtype=torch.float64, device=DEVICE),
+        kl_coef=0.5,
+        gamma=0.5,
+        lam=0.5,
+        critic_lam=1.0,
+        mask=torch.tensor([True, True, False], device=DEVICE),
+        impl=impl,
+    )
+    assert got.advantages.tolist() == [1.75, 7.0, 0.0]
+    assert got.returns.tolist() == [4.5, 9.0, 0.0]
+    assert got.statistics.tolist() == [2.0, 8.75, 1.75**2 + 49]
+
+
+@pytest.mark.parametrize("with_steps", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_separate_lambdas_are_two_definitions(impl, with_steps):
+    batch = ragged_batch(SHORT)
+    tokens = torch.arange(sum(SHORT) + 1, dtype=torch.int32, device=DEVICE)
+    steps = random_steps(SHORT) if with_steps else tokens
+    options = dict(gamma=0.9, steps=steps)
+    wanted = [by_definition(**batch, lam=lam, **options)[i] for i, lam in enumerate((0.3, 1.0))]
+    options["steps"] = steps if with_steps else None
+    got = gae(**batch, lam=0.3, critic_lam=1.0, **options, impl=impl)
+    assert_close(got, wanted, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lambdas_of_sequences_are_calls_per_sequence(impl):
+    batch = ragged_batch(SHORT)
+    lams, critic_lams = lambdas(len(SHORT)), lambdas(len(SHORT))
+    together = torch.stack(gae(**batch, lam=lams, critic_lam=critic_lams, impl=impl))
+    alike = torch.stack(gae(**batch, lam=lams, impl=impl))
+    ends = batch["cu_seqlens"].tolist()
+    for s, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        alone = {k: batch[k][begin:end] for k in ("rewards", "values", "mask")}
+        alone |= dict(bootstrap=batch["bootstrap"][s : s + 1])
+        alone |= dict(cu_seqlens=boundaries([end - begin], DEVICE))
+        lam, critic_lam = float(lams[s]), float(critic_lams[s])
+        one = torch.stack(gae(**alone, lam=lam, critic_lam=critic_lam, impl=impl))
+        close(together[:, begin:end], one, rtol=1e-5, atol=1e-6)
+        one = torch.stack(gae(**alone, lam=lam, impl=impl))
+        close(alike[:, begin:end], one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "mask bootstrap kl",
+        "mask bootstrap kl critic",
+        "kl lams",
+        "mask lams critic_lams steps kl",
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shaped_gae_is_the_composition(impl, given):
+    lengths = SHORT if impl == "triton" and DEVICE == "cpu" else RAGGED
+    batch, options = ragged_batch(lengths), {}
+    for name in ("mask", "bootstrap"):
+        if name not in given.split():
+            del batch[name]
+    if "steps" in given.split():
+        options["steps"] = random_steps(lengths)
+    if "lams" in given.split():
+        options["lam"] = lambdas(len(lengths))
+    if "critic" in given.split():
+        options["critic_lam"] = 1.0
+    if "critic_lams" in given.split():
+        options["critic_lam"] = lambdas(len(lengths))
+    pair = logps(sum(lengths)) if "kl" in given.split() else {}
+    got = shaped_gae(**batch, **pair, kl_coef=0.3, **options, impl=impl)
+    if pair:
+        mask = batch.get("mask")
+        batch["rewards"] = shaped_rewards(batch["rewards"], **pair, mask=mask, kl_coef=0.3)
+    wanted = gae(**batch, **options, impl="reference")
+    assert_close(got[:2], wanted, impl)
+    statistics = whitening_statistics(wanted[0], batch.get("mask"))
+    close(got.statistics, statistics, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_observations_have_no_kl(impl):
+    batch, pair = ragged_batch([40, 9]), logps(49)
+    wanted = shaped_gae(**batch, **pair, impl=impl)
+    for x in pair.values():
+        x[~batch["mask"]] = float("nan")
+    got = shaped_gae(**batch, **pair, impl=impl)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_same_statistics_in_every_run():
+    batch, threads = ragged_batch(), torch.get_num_threads()
+    pair = logps(sum(RAGGED))
+    first = shaped_gae(**batch, **pair).statistics
+    try:
+        for count in range(1, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(first, shaped_gae(**batch, **pair).statistics)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_vapo_lambda_by_hand():
+    cu_seqlens = boundaries([100, 20, 5, 0, 40], DEVICE)
+    lam = length_adaptive_lam(cu_seqlens, alpha=0.05)
+    close(lam.cpu(), torch.tensor([0.8, 0.0, 0.0, 0.0, 0.5]))
+    mask = torch.arange(165, device=DEVICE) % 2 == 0
+    halved = length_adaptive_lam(cu_seqlens, mask, alpha=0.1)
+    close(halved.cpu(), torch.tensor([0.8, 0.0, 0.0, 0.0, 0.5]))
+    batch = ragged_batch([100, 20, 5, 0, 40], observed=0.0)
+    got = vapo_gae(**batch, gamma=0.9)
+    close(got[0], gae(**batch, gamma=0.9, lam=lam)[0])
+    close(got[1], gae(**batch, gamma=0.9, lam=1.0)[1])
+
+
+def vtrace_by_definition(batch, log_ratio, gamma, lam, rho_bar, c_bar):
+    """v_k = V_k + sum over j >= k of gamma^(j-k) (prod of c_i, k <= i < j) delta_j."""
+    rewards, values, mask = (batch[k].tolist() for k in ("rewards", "values", "mask"))
+    advantages, targets = [0.0] * len(rewards), [0.0] * len(rewards)
+    ends, ratio = batch["cu_seqlens"].tolist(), log_ratio.exp().tolist()
+    for s, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        at = [t for t in range(begin, end) if mask[t]]
+        starts = [*at, end]
+        value = [values[t] for t in at] + [float(batch["bootstrap"][s])]
+        earned = [sum(rewards[starts[k] : starts[k + 1]]) for k in range(len(at))]
+        rho = [min(rho_bar, ratio[t]) for t in at]
+        c = [lam * min(c_bar, ratio[t]) for t in at]
+        v = list(value)
+        for k in range(len(at)):
+            trace = 1.0
+            for j in range(k, len(at)):
+                v[k] += trace * rho[j] * (earned[j] + gamma * value[j + 1] - value[j])
+                trace *= gamma * c[j]
+        for k, t in enumerate(at):
+            targets[t] = v[k]
+            advantages[t] = rho[k] * (earned[k] + gamma * v[k + 1] - value[k])
+    return torch.tensor([advantages, targets], dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize("bars", [(1.0, 1.0), (2.0, 0.7), (float("inf"), float("inf"))])
+def test_vtrace_equals_the_definition(bars):
+    batch = ragged_batch([5, 0, 1, 30, 2])
+    log_ratio = torch.randn(38, dtype=torch.float64, device=DEVICE)
+    options = dict(gamma=0.9, lam=0.8, rho_bar=bars[0], c_bar=bars[1])
+    wanted = vtrace_by_definition(batch, log_ratio, **options)
+    log_ratio[~batch["mask"]] = float("nan")  # not read
+    got = vtrace(**batch, log_ratio=log_ratio, **options)
+    close(torch.stack(got), wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_vtrace_by_hand():
+    # R = 4, 1/2; rho = 2, 1/2; c = 1, 1/2. delta = 2 (1 + 3 - 1), (2 + 5 - 3) / 2 = 6, 2.
+    # v = 1 + 6 + 1 * 2, 3 + 2; A = 2 (1 + 5 - 1), (2 + 5 - 3) / 2.
+    got = vtrace(
+        torch.tensor([1.0, 2.0], device=DEVICE),
+        torch.tensor([1.0, 3.0], device=DEVICE),
+        boundaries([2], DEVICE),
+        torch.tensor([4.0, 0.5], device=DEVICE).log(),
+        rho_bar=2.0,
+        bootstrap=torch.tensor([5.0], device=DEVICE),
+    )
+    close(torch.stack(got).cpu(), torch.tensor([[10.0, 2.0], [9.0, 5.0]]))
+
+
+def test_vtrace_on_policy_is_gae():
+    """At lam = 1: discounted returns, and A = return - value."""
+    batch = ragged_batch([40, 0, 9])
+    on_policy = torch.zeros_like(batch["rewards"])
+    got = vtrace(**batch, log_ratio=on_policy, gamma=0.9)
+    close(got, gae(**batch, gamma=0.9, lam=1.0, impl="reference"))
+    returns = vtrace(**batch, log_ratio=on_policy, gamma=0.9, lam=0.7)[1]
+    close(returns, gae(**batch, gamma=0.9, lam=0.7, impl="reference")[1])
+
+
+def test_vtrace_extremes_are_finite():
+    batch = {k: x.float() if x.is_floating_point() else x for k, x in ragged_batch([9, 1]).items()}
+    for log_ratio in (1000.0, -1000.0):
+        ratios = torch.full((10,), log_ratio, device=DEVICE)
+        for x in vtrace(**batch, log_ratio=ratios):
+            assert x.isfinite().all()
+
+
+CALLS = {
+    "gae": lambda batch, pair: gae(**batch, critic_lam=1.0),
+    "lams": lambda batch, pair: gae(**batch, lam=batch["bootstrap"].abs().clamp(max=1)),
+    "steps": lambda batch, pair: gae(**batch, steps=batch["cu_seqlens"]),
+    "shaped_gae": lambda batch, pair: shaped_gae(**batch, **pair),
+    "vapo_gae": lambda batch, pair: vapo_gae(**batch),
+    "vtrace": lambda batch, pair: vtrace(**batch, log_ratio=pair["logp"]),
+    "discounted_returns": lambda batch, pair: (
+        discounted_returns(batch["rewards"], batch["cu_seqlens"], mask=batch["mask"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_value_is_asked_for(name):
+    batch, pair = ragged_batch([7, 0, 3]), logps(10)
+    with FakeTensorMode() as mode:
+        fake = [{k: mode.from_tensor(x) for k, x in given.items()} for given in (batch, pair)]
+        for x in CALLS[name](*fake)[:2]:
+            assert x.shape == (10,)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_whole(name):
+    batch, pair = ragged_batch([7, 0, 3]), logps(10)
+    torch.compiler.reset()
+    compiled = torch.compile(CALLS[name], backend="eager", fullgraph=True)
+    for got, wanted in zip(compiled(batch, pair), CALLS[name](batch, pair), strict=True):
+        close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
 def test_low_precision_in_and_no_gradient_out():
     rewards = torch.randn(9, device=DEVICE).bfloat16()
     values = torch.randn(9, device=DEVICE).bfloat16().requires_grad_()
@@ -293,6 +544,9 @@ def test_low_precision_in_and_no_gradient_out():
         (dict(bootstrap=torch.zeros(6)), r"bootstrap: wanted shape \(2,\)"),
         (dict(gamma=1.5), r"gamma: wanted a number in \[0, 1\]; got 1.5"),
         (dict(lam=float("nan")), "lam: wanted a number"),
+        (dict(critic_lam=-0.1), r"critic_lam: wanted a number in \[0, 1\]; got -0.1"),
+        (dict(lam=torch.zeros(3)), r"lam: wanted shape \(2,\); got \(3,\)"),
+        (dict(lam=torch.zeros(2).long()), "lam: wanted a floating-point dtype"),
         (dict(cu_seqlens=torch.tensor([0, 2, 6])), "cu_seqlens: wanted a 1-D int32 tensor"),
         (dict(steps=[0, 1, 3, 6]), "steps: .* crosses the sequence boundary at token 2"),
         (dict(steps=[0, 2, 5]), "steps: wanted boundaries that rise from 0 .* 6; got 0 to 5"),
@@ -311,3 +565,27 @@ def test_errors_say_what_was_wanted(change, message):
     }
     with pytest.raises(ValueError, match=message):
         gae(**inputs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the values are on the GPU")
+def test_lambdas_out_of_range():
+    zeros = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"lam: wanted numbers in \[0, 1\]; got 0.5 to 1.5"):
+        gae(zeros, zeros, boundaries([2, 4]), lam=torch.tensor([0.5, 1.5]))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x, cu: shaped_gae(x, x, cu, x), "ref_logp: wanted both log-probabilities"),
+        (lambda x, cu: shaped_gae(x, x, cu, None, x), "^logp: wanted both log-probabilities"),
+        (lambda x, cu: shaped_gae(x, x, cu, x, x[1:]), r"ref_logp: wanted shape \(6,\)"),
+        (lambda x, cu: vtrace(x, x, cu, x[1:]), r"log_ratio: wanted shape \(6,\); got \(5,\)"),
+        (lambda x, cu: vtrace(x, x, cu, x, rho_bar=0.5), "rho_bar: wanted at least c_bar, 1.0"),
+        (lambda x, cu: vtrace(x, x, cu, x, c_bar=0.0), "c_bar: wanted a positive number; got 0.0"),
+        (lambda x, cu: length_adaptive_lam(cu, alpha=0.0), "alpha: wanted a positive number"),
+    ],
+)
+def test_errors_of_the_others(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(6, device=DEVICE), boundaries([2, 4], DEVICE))
