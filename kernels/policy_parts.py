@@ -42,14 +42,24 @@ class Actions(Inputs):
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over each token's sequence or step, at every token of it."""
-        steps = self.optional("steps")
-        bounds = self.need("cu_seqlens") if steps is None else steps
-        total = segment_sum(self.kept(x), bounds, impl=self.impl)
-        return segment_spread(total, bounds, len(x), impl=self.impl)
+        return self._spread(self._total(x), len(x))
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of x over the unmasked tokens of each token's sequence or step."""
-        return self.sum(x) / self.sum(torch.ones_like(x)).clamp(min=1)
+        count = self._bounds().diff()
+        if self.optional("mask") is not None:
+            count = self._total(torch.ones_like(x))
+        return self._spread(self._total(x) / count.clamp(min=1), len(x))
+
+    def _bounds(self) -> Tensor:
+        steps = self.optional("steps")
+        return self.need("cu_seqlens") if steps is None else steps
+
+    def _total(self, x: Tensor) -> Tensor:
+        return segment_sum(self.kept(x), self._bounds(), impl=self.impl)
+
+    def _spread(self, totals: Tensor, tokens: int) -> Tensor:
+        return segment_spread(totals, self._bounds(), tokens, impl=self.impl)
 
 
 class Surrogate(NamedTuple):

@@ -7,12 +7,21 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import informed_pair_losses, list_losses, pair_losses, unpaired_losses
-from .launch import expect
+from .launch import expect, has_values
 from .objective import Objective
-from .preference_parts import Inputs, Labelled, Listed, Pair, hyperparameters, inputs
+from .preference_parts import (
+    BOOLEAN,
+    Inputs,
+    Labelled,
+    Listed,
+    Pair,
+    hyperparameters,
+    inputs,
+)
 
 __all__ = [
     "BATCHWISE",
@@ -111,4 +120,17 @@ def _call(
         scalar = name in _SCALARS and isinstance(value, Tensor) and value.dim() == 0
         if value is not None and not scalar:
             expect(value.shape == like.shape, name, tuple(like.shape), tuple(value.shape))
+        if value is not None:
+            _check_values(name, value)
     return loss(kind(**tensors), **given)
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    """What a wrong dtype or range would turn into another loss; ranges on a CPU only."""
+    if name in BOOLEAN:
+        remedy = f"Pass `{name} > 0`" if name == "label" else ""
+        expect(value.dtype == torch.bool, name, "a bool tensor", value.dtype, remedy)
+    if name == "preference" and has_values(value) and value.device.type == "cpu":
+        inside = bool(((value >= 0) & (value <= 1)).all())
+        got = "" if inside else f"{value.amin():.4g} to {value.amax():.4g}"
+        expect(inside, name, "probabilities in [0, 1]", got)

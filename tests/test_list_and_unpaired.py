@@ -213,6 +213,10 @@ def test_a_loss_reads_what_it_says(name):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"logp: wanted \[G, K\]"):
         list_loss(torch.zeros(3), loss_type="lipo")
+    with pytest.raises(ValueError, match="label: wanted a bool tensor; got torch.float32"):
+        unpaired_loss(**singles() | dict(label=torch.ones(2)), loss_type="kto")
+    with pytest.raises(ValueError, match="mask: wanted a bool tensor"):
+        list_loss(**lists() | dict(mask=torch.ones(1, 4)), loss_type="lipo")
     with pytest.raises(ValueError, match="loss_type: wanted one of infonca"):
         list_loss(torch.zeros(3, 2), loss_type="listnet")
     with pytest.raises(ValueError, match=r"reward: wanted \(1, 4\); got \(1, 3\)"):

@@ -279,6 +279,9 @@ BAD = {
     "ref_chosen: wanted a tensor": dict(ref_chosen=None),
     r"rejected: wanted \(1,\); got \(2,\)": dict(rejected=torch.zeros(2)),
     "chosen_len: wanted a tensor": dict(loss_type="ipo"),
+    "preference: wanted probabilities in .0, 1.; got 1.5": dict(
+        loss_type="osp", preference=torch.tensor([1.5])
+    ),
 }
 
 
