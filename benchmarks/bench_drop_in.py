@@ -4,6 +4,8 @@
 
 Forward, loss and backward of one micro-batch of HH-RLHF pairs, padded as TRL pads them; no
 optimizer, and for GRPO no generation. The variants of a trainer take turns, and the median counts.
+A step during which other processes had over 5 % of the machine is measured again, for at most
+`--patience` seconds a trainer; "busy" counts those taken all the same.
 Memory is the peak of a step in a process of its own, beyond weights, gradients and the batch.
 
 "stock, scored only" tells the kernels' share from that of leaving out prompts and padding: TRL's
@@ -256,6 +258,23 @@ def memory_of(case: str, name: str, folder: Path, batch: Batch) -> float:
     return peak_memory_mb() - before
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Of all processes, and of this one."""
+    fields = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]))
+    busy = sum(fields[:3]) + sum(fields[5:8])  # not idle, not waiting for a disk
+    return busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:2])
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds, and the share of the machine that other processes had meanwhile."""
+    everyone, own = cpu_seconds()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    everyone, own = cpu_seconds()[0] - everyone, cpu_seconds()[1] - own
+    return seconds * 1000, (everyone - own) / (seconds * (os.cpu_count() or 1))
+
+
 def measure(args, vocab: int, folder: Path, batch: Batch) -> list[dict]:
     rows = []
     for case in args.cases:
@@ -265,11 +284,16 @@ def measure(args, vocab: int, folder: Path, batch: Batch) -> list[dict]:
         spread = max(losses.values()) - min(losses.values())
         assert spread <= 2e-5 * max(1.0, max(map(abs, losses.values()))), (case, losses)
         times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(args.repeats):
+        busy = 0
+        deadline = time.perf_counter() + args.patience
+        while min(map(len, times.values())) < args.repeats:
             for name, step in steps.items():
-                start = time.perf_counter()
-                step(batch)
-                times[name].append((time.perf_counter() - start) * 1000)
+                ms, others = timed(lambda step=step: step(batch))
+                while others > 0.05 and time.perf_counter() < deadline:
+                    if timed(lambda: time.sleep(1))[1] < 0.05:
+                        ms, others = timed(lambda step=step: step(batch))
+                busy += others > 0.05
+                times[name].append(ms)
         del steps
         for name in names:
             child = [sys.executable, __file__, "--child", case, name, str(folder)]
@@ -284,6 +308,7 @@ def measure(args, vocab: int, folder: Path, batch: Batch) -> list[dict]:
                     "fastest ms": middle[0],
                     "slowest ms": middle[-1],
                     "extra MB": float(out.splitlines()[-1]),
+                    "busy": busy,
                 }
             )
             print(rows[-1], flush=True)
@@ -296,6 +321,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for quiet")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[*TOKENIZERS])
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
