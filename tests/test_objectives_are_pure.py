@@ -62,3 +62,36 @@ def test_compiles_whole(name, call, given):
     tensors = given()
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     assert_close(compiled(tensors), loss(tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name, call, given", CASES, ids=IDS)
+def test_nothing_waits_for_the_gpu(name, call, given):
+    tensors = {k: v.cuda() for k, v in given().items()}
+    first = next(iter(tensors))
+    tensors[first].requires_grad_()
+    call(**tensors, loss_type=name).loss.sum().backward()  # compiles kernels, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(**tensors, loss_type=name).loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sigmoid", "orpo", "discopop", "mmpo"])
+def test_a_compiled_pair_loss_is_one_kernel_each_way(name):
+    """Scalars per sequence stay readable PyTorch, and a compiler makes one launch of them."""
+    from torch._inductor import metrics
+
+    given = {k: v.expand(64).clone() for k, v in tensors(PAIR | EXTRA, torch.float32).items()}
+    given["chosen"].requires_grad_()
+    torch.compiler.reset()
+    metrics.reset()
+    compiled = torch.compile(lambda x: preference_loss(**x, loss_type=name).loss, fullgraph=True)
+    loss = compiled(given)
+    assert metrics.generated_kernel_count == 1
+    loss.sum().backward()
+    assert metrics.generated_kernel_count == 2
