@@ -1,4 +1,5 @@
-// TD(lambda) returns and advantages over packed sequences; kernels/advantage.py has the formulas.
+// TD(lambda) returns and advantages over packed sequences; kernels/advantage.py and advantage_scan.py
+// have the formulas.
 #pragma once
 #include <cstdint>
 

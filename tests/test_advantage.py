@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close as close
 
-from prefuse.kernels import advantage
+from prefuse.kernels import advantage_scan
 from prefuse.kernels.advantage import (
     discounted_returns,
     gae,
@@ -40,7 +40,7 @@ SHORT = [5, 0, 1, 60, 33, 2]
 def _small_blocks(monkeypatch):
     """Interpreted, a block takes time for each of its lanes."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(advantage, "BLOCK", 64)
+        monkeypatch.setattr(advantage_scan, "BLOCK", 64)
 
 
 def boundaries(lengths, device="cpu"):
