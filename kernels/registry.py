@@ -1,5 +1,7 @@
 """Every objective and advantage estimator by name: what it is, what it reads, how it is called.
 
+METHODS has the objectives, ADVANTAGES the estimators: some names, such as grpo, are in both.
+
 A function's first docstring line, `Title, paper: formula.`, its signature and what it reads are all
 there is to know; nothing is written twice. `prefuse methods` and docs/losses.md show it.
 """
@@ -11,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import policy, preference, reward, value_losses
+from . import group_advantage, policy, preference, reward, value_losses
 from .policy_parts import Actions
 from .preference_parts import Inputs, Labelled, Listed, Pair, hyperparameters, probe
 from .surrogate import detached_clip
@@ -79,6 +81,10 @@ FAMILIES = (
     Family("value", "Values of a critic", "value_losses", value_losses.LOSSES, "token", "[M]"),
     Family("reward", "Reward, cost and process models", "reward", reward.LOSSES, "pair"),
 )
+ESTIMATORS = Family(
+    "advantage", "Advantages and returns", "group_advantage", group_advantage.ESTIMATORS, ""
+)
+REQUIRED = inspect.Parameter.empty  # the default of a hyperparameter that has none
 
 
 class Method(NamedTuple):
@@ -95,23 +101,29 @@ class Method(NamedTuple):
     inputs: tuple[str, ...]
     optional: tuple[str, ...]
     hyperparameters: dict[str, Any]
-    aggregation: str = ""  # of a policy loss
+    aggregation: str = ""  # of a policy loss; `unit` is "" for an estimator
 
     def example(self) -> str:
         """Three lines of a training loop, on tensors that are named as the inputs are."""
         family = self.family
-        call = family.call or self.name
+        call = family.call or self.function.__name__
         given = _arguments(self.inputs, family)
+        wanted = [k for k, v in self.hyperparameters.items() if v is REQUIRED]
+        given += [f"{name}={name}" for name in wanted]
         if family.call is not None:
             given.append(f'loss_type="{self.name}"')
         if self.aggregation == "seq-mean-token-sum-norm":
             given.append("max_length=1024")
-        lines = [
-            f"from prefuse.kernels.{family.module} import {call}",
-            f"objective = {call}({', '.join(given)})",
-            "objective.mean().backward()",
-        ]
-        return "\n".join(lines)
+        start = f"from prefuse.kernels.{self.module} import {call}\n"
+        if family.unit == "":
+            return f"{start}advantages = {call}({', '.join(given)})"
+        return f"{start}objective = {call}({', '.join(given)})\nobjective.mean().backward()"
+
+    @property
+    def module(self) -> str:
+        """Where to import what is called from."""
+        family = self.family
+        return family.module if family.call else self.function.__module__.rpartition(".")[2]
 
 
 def _arguments(names: tuple[str, ...], family: Family) -> list[str]:
@@ -199,4 +211,7 @@ METHODS: dict[str, Method] = {
     name: _method(name, function, family)
     for family in FAMILIES
     for name, function in family.table.items()
+}
+ADVANTAGES: dict[str, Method] = {
+    name: _method(name, function, ESTIMATORS) for name, function in ESTIMATORS.table.items()
 }

@@ -92,10 +92,10 @@ def _methods(rest: list[str]) -> None:
         print(methods.listing())
     elif rest == ["--markdown"]:
         print(methods.markdown(), end="")
-    elif rest[0] in methods.METHODS:
+    elif rest[0] in methods.NAMES:
         print(methods.explain(rest[0]))
     else:
-        raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], methods.METHODS)}")
+        raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], methods.NAMES)}")
 
 
 if __name__ == "__main__":

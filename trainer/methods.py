@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import inspect
 
-from prefuse.kernels.registry import FAMILIES, METHODS, Family, Method
+from prefuse.kernels.registry import (
+    ADVANTAGES,
+    ESTIMATORS,
+    FAMILIES,
+    METHODS,
+    REQUIRED,
+    Family,
+    Method,
+)
 
 HEAD = """# Losses
 
@@ -18,21 +26,27 @@ gradient. `objective.metrics` are detached.
 """
 
 
+NAMES = {**METHODS, **ADVANTAGES}
+
+
 def listing() -> str:
     """Every method on a line, by family."""
-    width = max(map(len, METHODS))
+    width = max(map(len, NAMES))
     lines = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, ESTIMATORS):
         lines.append(f"\n{family.about} ({_called(family)})")
         for method in _of(family):
-            own = ", ".join(f"{k}={v}" for k, v in method.hyperparameters.items())
+            own = ", ".join(_hyperparameters(method))
             lines.append(f"  {method.name:<{width}} {_head(method)}  [{own}]")
     return "\n".join(lines)
 
 
 def explain(name: str) -> str:
-    """One method whole."""
-    method = METHODS[name]
+    """One method whole; the loss and the estimator where both have the name."""
+    return "\n\n".join(_whole(table[name]) for table in (METHODS, ADVANTAGES) if name in table)
+
+
+def _whole(method: Method) -> str:
     facts = "\n".join(f"{label + ':':<17}{text}" for label, text in _facts(method))
     notes = f"\n{method.notes}\n" if method.notes else ""
     return f"{_head(method)}\n{notes}\n{facts}\n\n{_indented(method.example())}"
@@ -41,7 +55,7 @@ def explain(name: str) -> str:
 def markdown() -> str:
     """docs/losses.md."""
     parts = [HEAD]
-    for family in FAMILIES:
+    for family in (*FAMILIES, ESTIMATORS):
         parts.append(f"## {family.about}\n\n{_legend(family)}\n")
         for method in _of(family):
             paper = f" ({_link(method.paper)})" if method.paper else ""
@@ -56,17 +70,23 @@ def markdown() -> str:
 
 
 def _of(family: Family) -> list[Method]:
-    return [m for m in METHODS.values() if m.family is family]
+    return [m for m in (*METHODS.values(), *ADVANTAGES.values()) if m.family is family]
 
 
 def _called(family: Family) -> str:
     return f"prefuse.kernels.{family.module}" + (f".{family.call}" if family.call else "")
 
 
+def _hyperparameters(method: Method) -> list[str]:
+    """Each with its default, if it has one."""
+    own = method.hyperparameters.items()
+    return [k if v is REQUIRED else f"{k}={v}" for k, v in own]
+
+
 def _legend(family: Family) -> str:
     """How the family is called, and the notation that its module's docstring gives."""
     if family.call is None:
-        start = f"Each is a function of `{_called(family)}`."
+        start = "Each is a function; its example says where it is."
     else:
         start = f"`{_called(family)}(..., loss_type=NAME)`; what they read is {family.shape}."
     modules = dict.fromkeys(inspect.getmodule(f) for f in family.table.values())
@@ -83,13 +103,14 @@ def _facts(method: Method, quote: str = "") -> list[tuple[str, str]]:
     def names(values) -> str:
         return ", ".join(f"{quote}{value}{quote}" for value in values)
 
-    facts = [("unit", method.unit + (f", by {method.aggregation}" if method.aggregation else ""))]
-    facts.append(("reads", names(method.inputs)))
+    facts = [("reads", names(method.inputs))]
+    if method.unit:
+        how = f", by {method.aggregation}" if method.aggregation else ""
+        facts.insert(0, ("unit", method.unit + how))
     if method.optional:
         facts.append(("optional", names(method.optional)))
     if method.hyperparameters:
-        own = names(f"{k}={v}" for k, v in method.hyperparameters.items())
-        facts.append(("hyperparameters", own))
+        facts.append(("hyperparameters", names(_hyperparameters(method))))
     return facts
 
 
