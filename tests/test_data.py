@@ -162,6 +162,26 @@ def test_the_ledger_counts_what_became_of_sft_rows():
     assert (ledger.truncated, ledger.without_eos) == (1, 1)
 
 
+def test_columns_that_a_judge_filled():
+    """In the loss's order, with the row they belong to; wrong ones name file and line."""
+    row = {"prompt": "w1", "chosen": " w2", "rejected": " w3", "margin": 2, "preference": 0.75}
+    same = row | {"rejected": " w2"}
+    rows = [Row(columns, "pairs.jsonl:1") for columns in (same, row)]
+    examples, _ = pair_examples(rows, tiny_tokenizer(), 16, ("preference", "margin"))
+    assert [e.judged for e in examples] == [(0.75, 2.0)]
+    for column, value, wanted in (
+        ("margin", None, "a number"),
+        ("margin", "much", "a number"),
+        ("margin", True, "a number"),
+        ("margin", float("nan"), "a number"),
+        ("preference", 1.5, "a probability"),
+    ):
+        wrong = [Row(row | {column: value}, "pairs.jsonl:7")]
+        message = f"pairs.jsonl:7: '{column}': wanted {wanted}, .*; got {value!r}"
+        with pytest.raises(UserError, match=message):
+            pair_examples(wrong, tiny_tokenizer(), 16, (column,))
+
+
 def test_a_completion_without_tokens_is_no_pair():
     """A rejected completion that tokenizes to what the prompt ends in would have no length."""
     rows = [

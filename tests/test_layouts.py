@@ -27,7 +27,7 @@ from prefuse.trainer.scores import probe
 
 LAYOUTS = ("shared", "packed", "padded")
 MODELS = [("Llama", False), ("Llama", True), ("Qwen2", False), ("Qwen2", True)]
-EXAMPLES = ragged_pairs()
+EXAMPLES, JUDGED = ragged_pairs(), ragged_pairs(judged=True)
 
 
 def plain_logps(model, sequence) -> torch.Tensor:
@@ -43,12 +43,14 @@ def oracle(model, reference, name: str) -> torch.Tensor:
     if name == "sft":
         return -sum(plain_logps(model, s).sum() for e in EXAMPLES for s in e.sequences)
     loss = 0
-    for example in EXAMPLES:
+    for example in JUDGED:
         logps = [plain_logps(model, s).sum()[None] for s in example.sequences]
         with torch.no_grad():
             refs = [plain_logps(reference, s).sum()[None] for s in example.sequences]
         lengths = [torch.tensor([s.scored.sum()]) for s in example.sequences]
         kwargs = dict(loss_type=name, chosen_len=lengths[0], rejected_len=lengths[1])
+        for column in objectives.judged_columns(name):
+            kwargs[column] = torch.tensor(example.judged)
         loss = loss + preference_loss(*logps, *refs, **kwargs).loss.sum()
     return loss
 
@@ -63,7 +65,7 @@ def method_of(name: str, reference, layout: str):
 TRAINABLE = [
     name
     for name, loss in LOSSES.items()
-    if objectives.PROVIDED >= set(inputs(loss)) and name not in BATCHWISE
+    if objectives.PROVIDED | set(objectives.JUDGED) >= set(inputs(loss)) and name not in BATCHWISE
 ]
 CASES = {(name, *model) for name in ("sft", "sigmoid", "ipo", "simpo") for model in MODELS}
 CASES |= {(name, "Llama", True) for name in TRAINABLE}
@@ -100,7 +102,9 @@ def test_layouts_give_the_same_loss_and_gradients(name, family, tie):
 def by_layout(model, reference, name: str, layout: str):
     model.zero_grad()
     method = method_of(name, reference, layout)
-    objective = method.objective(scorer_of(model, layout), pack(EXAMPLES, layout == "shared"))
+    judged = name != "sft" and objectives.judged_columns(name)
+    batch = pack(JUDGED if judged else EXAMPLES, layout == "shared")
+    objective = method.objective(scorer_of(model, layout), batch)
     objective.loss.sum().backward()
     return objective.loss.sum().detach(), gradients(model)
 

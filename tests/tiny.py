@@ -104,9 +104,10 @@ def sequence(tokens: np.ndarray, start: int) -> Sequence:
     return Sequence(tokens, scored)
 
 
-def ragged_pairs(n: int = 9, seed: int = 0) -> list[Example]:
-    """Pairs of very different lengths: common prefixes that run into the completions, prompts of
-    one token, no prompt at all, and a completion that continues the other."""
+def ragged_pairs(n: int = 9, seed: int = 0, judged: bool = False) -> list[Example]:
+    """Pairs of very different lengths, with a number each if `judged`: common prefixes that run
+    into the completions, prompts of one token, no prompt at all, and a completion that continues
+    the other."""
     rng = np.random.default_rng(seed)
     examples = []
     for index in range(n):
@@ -120,7 +121,8 @@ def ragged_pairs(n: int = 9, seed: int = 0) -> list[Example]:
         if index % 5 == 4:  # rejected is where chosen begins
             rejected = chosen[: len(chosen) // 2 + 1]
         pair = [np.concatenate([prompt, c]).astype(np.int64) for c in (chosen, rejected)]
-        examples.append(Example(index, tuple(sequence(t, len(prompt)) for t in pair)))
+        sequences = tuple(sequence(t, len(prompt)) for t in pair)
+        examples.append(Example(index, sequences, judged=(index / n,) if judged else ()))
     return examples
 
 

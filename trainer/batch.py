@@ -32,6 +32,7 @@ class PackedBatch:
     targets: Tensor  # [M] int64
     score_cu_seqlens: Tensor  # [Q + 1] int32
     examples: Tensor  # [E] int64: the rows these sequences come from
+    judged: Tensor  # [E, columns]: numbers of those rows, for losses that read them
     prefix: PrefixTable
     n_tokens: int  # as the rows have them, before prefixes are shared
 
@@ -106,6 +107,7 @@ def pack(examples: list[Example], share: bool = True) -> PackedBatch:
             np.cumsum([0, *(len(positions) for _, positions, _ in scored)]).astype(np.int32)
         ),
         examples=torch.tensor([e.index for e in examples], dtype=torch.int64),
+        judged=torch.tensor([e.judged for e in examples], dtype=torch.float32),
         prefix=prefix_table(cu_seqlens, parent),
         n_tokens=sum(e.n_tokens for e in examples),
     )

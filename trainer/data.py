@@ -32,6 +32,7 @@ class Example:
     index: int
     sequences: tuple[Sequence, ...]
     where: str = ""
+    judged: tuple[float, ...] = ()  # numbers of the row that the loss reads
 
     @property
     def n_tokens(self) -> int:
@@ -68,15 +69,20 @@ class Ledger:
         return asdict(self)
 
 
-def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[list, Ledger]:
+def pair_examples(
+    rows: list[Row], tokenizer, max_length: int | None, judged: Iterable[str] = ()
+) -> tuple[list, Ledger]:
     """`chosen` + `rejected` rows, with or without `prompt` -> Examples of (chosen, rejected).
 
     As in TRL: an implicit prompt is the common prefix of the two; EOS is appended to completions
     that are text; the completion begins where the tokens of prompt and prompt + completion part;
     a row longer than max_length keeps its start, and is skipped if only its prompt is left.
-    Identical pairs state no preference and are skipped.
+    Identical pairs state no preference and are skipped. `judged` are the columns with numbers that
+    the loss reads, a margin or a preference.
     """
     for row in rows:
+        for column in judged:
+            _require_number(row, column)
         _require_columns(row, ("chosen", "rejected"))
         kind = _completion_kind(row, "chosen")
         _require(row, "rejected", _completion_kind(row, "rejected"), kind, "as 'chosen' is")
@@ -108,7 +114,8 @@ def pair_examples(rows: list[Row], tokenizer, max_length: int | None) -> tuple[l
             continue
         ledger.truncated += any(len(ids) > len(kept) for ids, kept in zip(pair, cut, strict=True))
         sequences = tuple(_sequence(ids, slice(start, None)) for ids in cut)
-        examples.append(Example(len(examples), sequences, row.where))
+        numbers = tuple(float(row.columns[column]) for column in judged)
+        examples.append(Example(len(examples), sequences, row.where, numbers))
         _count(ledger, examples[-1], tokenizer)
     return _some(examples, ledger), ledger
 
@@ -277,6 +284,22 @@ def _require_columns(row: Row, wanted: Iterable[str]) -> None:
                 f"{row.where}: wanted a column {column!r}; got {sorted(row.columns)}. "
                 "Add it or remove the row"
             )
+
+
+def _require_number(row: Row, column: str) -> None:
+    """A finite number; a probability, for a preference."""
+    value = row.columns.get(column)
+    try:
+        good = value is not None and not isinstance(value, bool) and np.isfinite(float(value))
+    except (TypeError, ValueError):
+        good = False
+    if good and column == "preference":
+        good = 0 <= float(value or 0) <= 1
+    if not good:
+        wanted = "a probability" if column == "preference" else "a number"
+        raise UserError(
+            f"{row.where}: {column!r}: wanted {wanted}, which --loss_type reads; got {value!r}"
+        )
 
 
 def _kind_of(row: Row, column: str) -> str:

@@ -17,7 +17,7 @@ from prefuse.kernels.preference import BATCHWISE, LOSSES, hyperparameters, input
 
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
-from .objectives import PROVIDED
+from .objectives import JUDGED, PROVIDED
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
@@ -118,7 +118,7 @@ def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
             "command sees a part at a time; call prefuse.kernels.preference.preference_loss in a "
             "loop of your own"
         )
-    absent = set(inputs(LOSSES[config.loss_type])) - PROVIDED
+    absent = set(inputs(LOSSES[config.loss_type])) - PROVIDED - set(JUDGED)
     if absent:
         raise UserError(
             f"--loss_type {config.loss_type}: it reads {', '.join(sorted(absent))} of every pair, "

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from prefuse.kernels.linear_logp import TokenStats
 from prefuse.kernels.objective import Objective, Unit
-from prefuse.kernels.preference import preference_loss
+from prefuse.kernels.preference import LOSSES, inputs, preference_loss
 from prefuse.kernels.segments import segment_sum
 
 from .batch import PackedBatch
 from .scores import Scorer
 
-# what `dpo` gives a loss of a pair
+# what `dpo` gives a loss of a pair, from scores and from columns of the data
 PROVIDED = {"chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len"}
+JUDGED = ("margin", "preference")
 
 Reference = Callable[[PackedBatch], Tensor]
 
@@ -49,8 +50,15 @@ def sequence_logps(scorer: Scorer, batch: PackedBatch) -> Tensor:
     return segment_sum(scorer(batch).logp, batch.score_cu_seqlens)
 
 
+def judged_columns(loss_type: str) -> tuple[str, ...]:
+    """The columns of the data, besides its texts, that a pair loss reads."""
+    needed = inputs(LOSSES[loss_type])
+    return tuple(name for name in JUDGED if name in needed)
+
+
 def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, Any]) -> Method:
     """A preference loss on pairs packed as chosen, rejected, chosen, rejected, ..."""
+    columns = judged_columns(loss_type)
 
     def objective(scorer: Scorer, batch: PackedBatch) -> Objective:
         chosen, rejected = _halves(sequence_logps(scorer, batch))
@@ -58,6 +66,7 @@ def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, 
         ref_chosen = ref_rejected = None
         if reference is not None:
             ref_chosen, ref_rejected = _halves(reference(batch))
+        numbers = batch.judged.reshape(len(batch.examples), len(columns))
         loss = preference_loss(
             chosen,
             rejected,
@@ -66,6 +75,7 @@ def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, 
             loss_type=loss_type,
             chosen_len=chosen_len,
             rejected_len=rejected_len,
+            **dict(zip(columns, numbers.unbind(1), strict=True)),
             **hyperparameters,
         )
         logps = {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}

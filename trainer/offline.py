@@ -44,7 +44,8 @@ def run_dpo(config: DPOConfig) -> None:
     """`prefuse dpo`."""
 
     def tokenize(rows, tokenizer):
-        return pair_examples(rows, tokenizer, config.max_length)
+        judged = objectives.judged_columns(config.loss_type)
+        return pair_examples(rows, tokenizer, config.max_length, judged)
 
     def method(config: DPOConfig, examples, ranks, report) -> Method:
         reference = None
