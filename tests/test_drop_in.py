@@ -4,6 +4,7 @@ the same batches in float32, gradients before every optimizer step and every log
 SGD, because Adam's first step takes the sign of a gradient and so doubles the rounding of a zero.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tiny import (
 DOCUMENT = Path(__file__).parents[1] / "docs" / "drop_in.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
 NAMES = ("fuse_head", "FusedDPOTrainer", "PairLossTrainer", "FusedGRPOTrainer")
+NAMES += ("PolicyLossTrainer",)
 NAMES += ("fuse_loss", "compute_loss_func", "Scored")
 TIMES = ("runtime", "per_second", "step_time", "total_flos")
 
@@ -274,6 +276,52 @@ def test_grpo_trainer(config, trl, tmp_path):
             )
         )
     same(*found, 3)
+
+
+@pytest.mark.parametrize(
+    "config, policy",
+    [
+        ({"loss_type": "dapo", "beta": 0.05}, dict(loss_type="ppo")),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2},
+            dict(loss_type="gspo", epsilon=0.2, epsilon_high=0.2),
+        ),
+    ],
+)
+def test_grpo_trainer_with_a_policy_loss(config, policy, trl, tmp_path):
+    """The gradients and what both log; TRL logs more about its clips."""
+    from datasets import Dataset
+
+    names = ("fuse_head", "FusedGRPOTrainer", "PolicyLossTrainer")
+    ours = functools.partial(snippets(*names)["PolicyLossTrainer"], policy=policy)
+
+    def reward(completion_ids, **_):
+        return [float(np.mean(np.array(ids) % 5)) for ids in completion_ids]
+
+    folder = write_model(tmp_path / "model")
+    found = []
+    for trainer_class in (ours, trl.GRPOTrainer):
+        options = settings(tmp_path, per_device_train_batch_size=4, num_generations=4, max_steps=3)
+        found.append(
+            run(
+                trainer_class,
+                config=trl.GRPOConfig(**options, max_completion_length=7, **config),
+                model=transformers.AutoModelForCausalLM.from_pretrained(folder),
+                reward_funcs=reward,
+                train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in pair_rows(8)]),
+                processing_class=tiny_tokenizer(),
+            )
+        )
+    steps, logs = zip(*found, strict=True)
+    ours_alone = {"policy/approx_kl"} | (set() if config.get("beta") else {"kl"})
+    kept = [
+        [
+            {k: v for k, v in x.items() if "clip_ratio" not in k and k not in ours_alone}
+            for x in side
+        ]
+        for side in logs
+    ]
+    same((steps[0], kept[0]), (steps[1], kept[1]), 3)
 
 
 def sft_batch(n: int, seed: int) -> dict:
