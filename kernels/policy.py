@@ -13,7 +13,7 @@ from .kl import ESTIMATORS
 from .launch import expect
 from .objective import Mean, Objective
 from .policy_losses import LOSSES
-from .policy_parts import Actions
+from .policy_parts import Actions, Surrogate
 from .policy_weights import rollout_weight
 from .preference_parts import hyperparameters
 from .segments import check_boundaries, segment_spread, segment_sum
@@ -109,6 +109,23 @@ def policy_loss(
         if more is not None:
             s = s._replace(weight=more if s.weight is None else s.weight * more)
     estimator = kl if full_kl is None and ref_logp is not None else None
+    per_token, means = _token_losses(x, s, ref_logp, estimator, beta)
+    if full_kl is not None:
+        per_token = per_token + beta * x.kept(full_kl)
+        means["kl"] = x.kept(full_kl).detach().sum()
+    if entropy is not None:
+        per_token = per_token - entropy_coef * x.kept(entropy)
+        means["entropy"] = x.kept(entropy).detach().sum()
+    count = means.pop("tokens")
+    metrics = {_METRICS.get(name, name): Mean(total, count) for name, total in means.items()}
+    objective = _aggregate(per_token, count, x, aggregation or s.aggregation, max_length)
+    return objective._replace(metrics=metrics)
+
+
+def _token_losses(
+    x: Actions, s: Surrogate, ref_logp: Tensor | None, estimator: str | None, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each token with its KL penalty, and the sums of COUNTERS."""
     tokens = Tokens(
         x.logp,
         x.need("advantages") if s.advantages is None else s.advantages,
@@ -119,20 +136,11 @@ def policy_loss(
         ref_logp,
     )
     settings = Settings(s.rule, s.low, s.high, s.cap, estimator, beta)
-    per_token, counters = surrogate(tokens, settings, impl)
-    means: dict[str, Tensor] = dict(zip(COUNTERS, counters.unbind(), strict=True))
-    count = means.pop("tokens")
+    per_token, counters = surrogate(tokens, settings, x.impl)
+    means = dict(zip(COUNTERS, counters.unbind(), strict=True))
     if estimator is None:
         del means["kl"]
-    if full_kl is not None:
-        per_token = per_token + beta * x.kept(full_kl)
-        means["kl"] = x.kept(full_kl).detach().sum()
-    if entropy is not None:
-        per_token = per_token - entropy_coef * x.kept(entropy)
-        means["entropy"] = x.kept(entropy).detach().sum()
-    metrics = {_METRICS.get(name, name): Mean(total, count) for name, total in means.items()}
-    objective = _aggregate(per_token, count, x, aggregation or s.aggregation, max_length)
-    return objective._replace(metrics=metrics)
+    return per_token, {str(name): total for name, total in means.items()}
 
 
 _METRICS = {
