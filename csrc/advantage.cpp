@@ -32,15 +32,15 @@ void scan_sequence(const GaeArguments& args, int64_t s, double* sums) {
   Scan actor(args.gamma, args.lams ? args.lams[s] : args.lam, at_end);
   Scan critic(args.gamma, args.critic_lams ? args.critic_lams[s] : args.critic_lam, at_end);
   const bool two = args.two_lambdas();
+  const double kl_coef = args.kl_coef;
   double count = 0, sum = 0, squares = 0;
   for (int64_t t = args.cu_seqlens[s + 1] - 1; t >= args.cu_seqlens[s]; --t) {
     const bool acts = !kHasMask || args.mask[t];
     double reward = args.rewards[t];
     const double value = kHasValues ? args.values[t] : 0.0f;
     if (!kPlain && args.logp) {
-      const double shaped = reward - args.kl_coef * (double{args.logp[t]} - args.ref_logp[t]);
-      const double rewards[2] = {reward, shaped};
-      reward = rewards[acts];
+      const double penalties[2] = {0.0, kl_coef * (double{args.logp[t]} - args.ref_logp[t])};
+      reward -= penalties[acts];
     }
     const double total = actor.take(acts, reward, value);
     const double target = !kPlain && two ? critic.take(acts, reward, value) : total;
