@@ -70,7 +70,8 @@ void gae_cpu(const GaeArguments& args, int threads) {
   // Waking a thread is worth it for about this many tokens.
   threads = static_cast<int>(std::min({int64_t{threads}, args.sequences, 1 + args.tokens / 32768}));
 #pragma omp parallel for schedule(guided) num_threads(threads)
-  for (int64_t s = 0; s < args.sequences; ++s) scan(args, s, sums.data() + (args.plain() ? 0 : 3 * s));
+  for (int64_t s = 0; s < args.sequences; ++s)
+    scan(args, s, args.plain() ? nullptr : sums.data() + 3 * s);
   if (!args.statistics) return;
   double total[3] = {};  // in the sequences' order: the same bits, whatever the threads
   for (size_t i = 0; i < sums.size(); ++i) total[i % 3] += sums[i];

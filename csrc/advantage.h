@@ -1,5 +1,5 @@
-// TD(lambda) returns and advantages over packed sequences; kernels/advantage.py and advantage_scan.py
-// have the formulas.
+// TD(lambda) returns and advantages over packed sequences; kernels/advantage.py has the formulas and
+// kernels/advantage_scan.py the scan.
 #pragma once
 #include <cstdint>
 
