@@ -1,7 +1,7 @@
 """All kernel benchmarks on this machine, written to one file.
 
-python benchmarks/run.py                      benchmarks/results/<device>.md and .json
-python benchmarks/run.py --output DIR --only linear_logp logp
+python benchmarks/run.py                      benchmarks/results/kernels-<device>.md and .json
+python benchmarks/run.py --output DIR --only linear_logp logp    linear_logp-logp-<device>.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import ROOT, ceilings, machine, table
 
-BENCHMARKS = ("linear_logp", "logp", "policy", "advantage")
+BENCHMARKS = ("linear_logp", "logp", "policy", "advantage", "divergence")
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
             sections[f"{name}: peak memory"] = module.memory_rows()
     slug = re.sub(r"[^a-z0-9]+", "-", str(info["device"]).lower()).strip("-")
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"kernels-{slug}"
+    stem = "kernels" if args.only == BENCHMARKS else "-".join(args.only)
+    path = args.output / f"{stem}-{slug}"
     result = {"machine": info, "ceilings": limits, "results": sections}
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     head = [f"# Kernels on {info['device']}", ""]

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "advantage.h"
+#include "divergence.h"
 #include "pack.h"
 #include "policy.h"
 #include "segments.h"
@@ -104,6 +105,33 @@ PYBIND11_MODULE(_C, m) {
             critic_lam,                    kl_coef};
       }));
   m.def("gae_cpu", &prefuse::gae_cpu, unlocked);
+  py::class_<prefuse::DivergenceTile>(m, "DivergenceTile")
+      .def(py::init([](Address student, int64_t student_stride, Address student_bias,
+                       float student_scale, float student_softcap, Address teacher,
+                       int64_t teacher_stride, Address teacher_bias, float teacher_scale,
+                       float teacher_softcap, int64_t rows, int64_t cols, Address inverse_temp,
+                       int kind, double weight) {
+        return prefuse::DivergenceTile{
+            {at<const float>(student), student_stride, at<const float>(student_bias),
+             student_scale, student_softcap},
+            {at<const float>(teacher), teacher_stride, at<const float>(teacher_bias),
+             teacher_scale, teacher_softcap},
+            rows, cols, at<const float>(inverse_temp), kind, weight};
+      }));
+  m.def(
+      "divergence_statistics_cpu",
+      [](const prefuse::DivergenceTile& tile, Address stats, int threads) {
+        prefuse::divergence_statistics_cpu(tile, at<float>(stats), threads);
+      },
+      unlocked);
+  m.def(
+      "divergence_gradient_cpu",
+      [](const prefuse::DivergenceTile& tile, Address stats, Address out, int64_t out_stride,
+         int threads) {
+        prefuse::divergence_gradient_cpu(tile, at<const float>(stats), at<float>(out), out_stride,
+                                         threads);
+      },
+      unlocked);
 
 #ifdef PREFUSE_CUDA
   m.attr("has_cuda") = true;

@@ -57,3 +57,28 @@ class GaeArguments:
 def gae_cpu(args: GaeArguments, threads: int) -> None: ...
 def gae_cuda_scratch(tokens: int) -> int: ...
 def gae_cuda(args: GaeArguments, scratch: int, stream: int) -> None: ...
+
+class DivergenceTile:
+    def __init__(
+        self,
+        student: int,
+        student_stride: int,
+        student_bias: int,
+        student_scale: float,
+        student_softcap: float,
+        teacher: int,
+        teacher_stride: int,
+        teacher_bias: int,
+        teacher_scale: float,
+        teacher_softcap: float,
+        rows: int,
+        cols: int,
+        inverse_temp: int,
+        kind: int,
+        weight: float,
+    ) -> None: ...
+
+def divergence_statistics_cpu(tile: DivergenceTile, stats: int, threads: int) -> None: ...
+def divergence_gradient_cpu(
+    tile: DivergenceTile, stats: int, out: int, out_stride: int, threads: int
+) -> None: ...

@@ -306,11 +306,11 @@ def linear_logp(
     Raises:
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
     """
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     inverse_temperature = logits_op.check_common(
         targets, temperature, outputs, hidden, weight.shape[0]
     )
-    options = _options(hidden, logit_scale, softcap, impl)
+    options = head_options(hidden, logit_scale, softcap, impl)
     if options.impl == "reference":
         return reference(
             hidden,
@@ -328,7 +328,7 @@ def linear_logp(
         expect(mode != "stash", "mode", "'recompute' for entropy under a softcap", "stash", remedy)
         mode = "recompute"
     stash_rows = 0
-    if _needs_gradient(hidden, weight, bias):
+    if needs_gradient(hidden, weight, bias):
         n, vocab = hidden.shape[0], weight.shape[0]
         stash_rows = plan(
             n, vocab, options.dtype, mode=mode, budget_bytes=budget_bytes, device=hidden.device
@@ -373,14 +373,14 @@ def linear_token_loss(
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
         RuntimeError: in backward, if tokens have different upstream gradients.
     """
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     inverse_temperature = logits_op.check_common(
         targets, temperature, outputs, hidden, weight.shape[0]
     )
     for index, extra in enumerate(extras):
         expect(len(extra) == len(targets), f"extras[{index}]", f"{len(targets)} rows", len(extra))
         expect(not extra.requires_grad, f"extras[{index}]", "no gradient", "requires_grad=True")
-    options = _options(hidden, logit_scale, softcap, impl)
+    options = head_options(hidden, logit_scale, softcap, impl)
     if options.impl == "reference":
         stats = reference(
             hidden,
@@ -394,7 +394,7 @@ def linear_token_loss(
         )
         return token_loss(stats, *extras), stats.detach()
     run_rows = 0
-    if _needs_gradient(hidden, weight, bias):
+    if needs_gradient(hidden, weight, bias):
         mode = plan(1, weight.shape[0], options.dtype, mode="stash")
         budget = budget_bytes or for_device(DEFAULT_BUDGET, hidden.device)
         run_rows = max(1, budget // mode.stash_bytes)
@@ -405,21 +405,26 @@ def linear_token_loss(
     return loss, TokenStats(*stats)
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    expect(hidden.dim() == 2, "hidden", "shape [N, H]", tuple(hidden.shape), "Flatten the batch")
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """The shapes and devices of a head; `prefix` goes before the names in the message."""
+    shape, remedy = tuple(hidden.shape), "Flatten the batch"
+    expect(hidden.dim() == 2, f"{prefix}hidden", "shape [N, H]", shape, remedy)
     vocab_first = weight.dim() == 2 and weight.shape[1] == hidden.shape[1]
-    expect(vocab_first, "weight", f"shape [V, {hidden.shape[1]}]", tuple(weight.shape))
-    expect(weight.is_floating_point(), "weight", "a floating-point dtype", weight.dtype)
-    expect(weight.device == hidden.device, "weight", f"device {hidden.device}", weight.device)
+    expect(vocab_first, f"{prefix}weight", f"shape [V, {hidden.shape[1]}]", tuple(weight.shape))
+    expect(weight.is_floating_point(), f"{prefix}weight", "a floating-point dtype", weight.dtype)
+    on_device = weight.device == hidden.device
+    expect(on_device, f"{prefix}weight", f"device {hidden.device}", weight.device)
     if bias is not None:
-        expect(bias.shape == weight.shape[:1], "bias", f"[{len(weight)}]", tuple(bias.shape))
+        expect(
+            bias.shape == weight.shape[:1], f"{prefix}bias", f"[{len(weight)}]", tuple(bias.shape)
+        )
 
 
-def _options(hidden: Tensor, logit_scale: float, softcap: float | None, impl: str) -> Options:
+def head_options(hidden: Tensor, logit_scale: float, softcap: float | None, impl: str) -> Options:
     if hidden.dtype == torch.float64 and impl == "auto":
         impl = "reference"
     impl = choose_impl(impl, hidden.device, ("triton", "cpu", "torch"))

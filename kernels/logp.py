@@ -145,10 +145,17 @@ def check_common(
         expect(bad is None, "targets", f"values in [0, {vocab})", bad, remedy)
     else:  # checked on the device: reading the answer here would wait for the GPU
         torch._assert_async(in_range, f"targets: wanted values in [0, {vocab})")
+    return inverse_of(temperature, n, device)
+
+
+def inverse_of(
+    temperature: float | Tensor, n: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """1 / temperature of each of n tokens, [n], after its checks."""
     if isinstance(temperature, Tensor):
         expect(
             temperature.shape == (n,), "temperature", f"a number or [{n}]", tuple(temperature.shape)
         )
-        return temperature.detach().to(device, torch.float32).reciprocal()
+        return temperature.detach().to(device, dtype).reciprocal()
     expect(temperature > 0, "temperature", "a positive number", temperature)
-    return torch.full((n,), 1.0 / temperature, dtype=torch.float32, device=device)
+    return torch.full((n,), 1.0 / temperature, dtype=dtype, device=device)

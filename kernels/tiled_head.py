@@ -54,25 +54,25 @@ def for_device(table: dict[str, int], device: torch.device) -> int:
     return table.get(device.type, table["cuda"])
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with float32 accumulation and a float32 result, from operands of either width."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _columns(vocab: int, rows: int, tile_bytes: int) -> Iterator[slice]:
+def column_tiles(vocab: int, rows: int, tile_bytes: int) -> Iterator[slice]:
     """Column tiles whose float32 logits for `rows` tokens fit `tile_bytes`; a power of 2 wide, so
     that a stored tile splits evenly into the fold's blocks."""
-    width = _tile_width(rows, tile_bytes)
+    width = tile_width(rows, tile_bytes)
     return (slice(start, min(start + width, vocab)) for start in range(0, vocab, width))
 
 
-def _tile_width(rows: int, tile_bytes: int) -> int:
+def tile_width(rows: int, tile_bytes: int) -> int:
     return 1 << max(8, (tile_bytes // (4 * max(rows, 1))).bit_length() - 1)
 
 
-class _Scratch:
+class Scratch:
     """One tile of float32 logits, used again for every tile: a heap that frees and allocates a
     tile at a time, with small tensors between, grows instead."""
 
@@ -88,7 +88,7 @@ def _block(head: Head, rows: Rows, columns: slice, out: Tensor) -> Logits:
     """GEMM 1 for a tile of the vocabulary, into `out` [n, v]."""
     weight = head.weight[columns].to(head.options.dtype).t()
     return Logits(
-        _matmul(rows.hidden, weight, out),
+        matmul(rows.hidden, weight, out),
         rows.targets,
         rows.anchor,
         rows.inverse_temperature,
@@ -114,11 +114,11 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
     """Row sums [6, n]; fills `rows.kept` with E, 0 at the target."""
     n, vocab = len(rows.targets), len(head.weight)
     tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
-    width = _tile_width(n, tile_bytes)
+    width = tile_width(n, tile_bytes)
     in_place = rows.kept is not None and rows.kept.dtype == torch.float32
-    scratch = _Scratch(0 if in_place else n, min(width, vocab), rows.hidden.device)
+    scratch = Scratch(0 if in_place else n, min(width, vocab), rows.hidden.device)
     parts = []
-    for columns in _columns(vocab, n, tile_bytes):
+    for columns in column_tiles(vocab, n, tile_bytes):
         store = None if rows.kept is None else rows.kept[:, columns]
         out = store if store is not None and in_place else scratch.tile(n, columns)
         block = _block(head, rows, columns, out)
@@ -137,7 +137,7 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
 
 
 def _gradient_tile(
-    head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool, scratch: _Scratch
+    head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d raw logits [n, v] in the GEMM dtype, up to a factor [n, 1] (None: no factor)."""
     if rows.kept is None:
@@ -193,15 +193,15 @@ def head_backward(
     vocab, device = len(head.weight), head.weight.device
     tile_bytes = for_device(BACKWARD_TILE, device)
     again = max((len(rows.targets) for rows, _ in runs if rows.kept is None), default=0)
-    scratch = _Scratch(again, min(_tile_width(longest, tile_bytes), vocab), device)
-    for columns in _columns(vocab, longest, tile_bytes):
+    scratch = Scratch(again, min(tile_width(longest, tile_bytes), vocab), device)
+    for columns in column_tiles(vocab, longest, tile_bytes):
         weight = head.weight[columns].to(head.options.dtype)
-        weight_sum = None if d_weight is None else _Sum(d_weight[columns], accumulate)
-        bias_sum = None if d_bias is None else _Sum(d_bias[columns], accumulate)
+        weight_sum = None if d_weight is None else RunningSum(d_weight[columns], accumulate)
+        bias_sum = None if d_bias is None else RunningSum(d_bias[columns], accumulate)
         for index, (rows, c) in enumerate(runs):
             grad, factor = _gradient_tile(head, rows, c, columns, plain, scratch)
             if d_hidden is not None:
-                _add_product(d_hidden[index], grad, weight, factor)
+                add_product(d_hidden[index], grad, weight, factor)
             if weight_sum is not None:
                 hidden = (
                     rows.hidden if factor is None else (rows.hidden * factor).to(head.options.dtype)
@@ -214,17 +214,17 @@ def head_backward(
                 total.write()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
     """total += factor * (a @ b), in float32."""
     if factor is not None:
-        total.addcmul_(_matmul(a, b), factor)
+        total.addcmul_(matmul(a, b), factor)
     elif a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
-        total.add_(_matmul(a, b))
+        total.add_(matmul(a, b))
 
 
-class _Sum:
+class RunningSum:
     """A float32 running sum whose first term needs no zeros, written to `out` once."""
 
     def __init__(self, out: Tensor, accumulate: bool):
@@ -239,9 +239,9 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         if self.empty:
-            _matmul(a, b, self.total)
+            matmul(a, b, self.total)
         else:
-            _add_product(self.total, a, b, None)
+            add_product(self.total, a, b, None)
         self.empty = False
 
     def write(self) -> None:

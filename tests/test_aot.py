@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-MODULES = ("fold", "segments", "advantage_scan", "surrogate")
+MODULES = ("fold", "segments", "advantage_scan", "surrogate", "divergence_triton")
 
 COMPILE = """
 import importlib, inspect, json, re, subprocess, sys, tempfile, types
