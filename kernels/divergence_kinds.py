@@ -19,17 +19,26 @@ from .token_stats import TokenStats
 
 
 def forward_kl(logp: Tensor, teacher_logp: Tensor, weight: float = 0.0) -> Tensor:
-    """KL(T || S) = sum p_T (log p_T - log p_S): mass-covering; distillation's usual choice."""
+    """Forward KL: sum_v p_T (log p_T - log p_S) = KL(T || S).
+
+    Mass-covering: distillation's usual choice.
+    """
     return _expected_gap(teacher_logp, logp)
 
 
 def reverse_kl(logp: Tensor, teacher_logp: Tensor, weight: float = 0.0) -> Tensor:
-    """KL(S || T) = sum p_S (log p_S - log p_T): mode-seeking; the KL of RLHF, T the reference."""
+    """Reverse KL: sum_v p_S (log p_S - log p_T) = KL(S || T).
+
+    Mode-seeking: the KL of RLHF, where T is the reference policy.
+    """
     return _expected_gap(logp, teacher_logp)
 
 
 def jsd(logp: Tensor, teacher_logp: Tensor, weight: float = 0.5) -> Tensor:
-    """GKD, arXiv:2306.13649 eq. 1: b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S."""
+    """GKD's JSD, arXiv:2306.13649: b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S.
+
+    b is `beta`; at 0 and 1 the name stands for the two KLs, as in TRL, and not for the limits.
+    """
     seen = (logp > -math.inf) | (teacher_logp > -math.inf)
     log_s, log_t = torch.where(seen, logp, 0), torch.where(seen, teacher_logp, 0)
     mixture = torch.logaddexp(log_t + math.log(weight), log_s + math.log1p(-weight))
@@ -38,7 +47,10 @@ def jsd(logp: Tensor, teacher_logp: Tensor, weight: float = 0.5) -> Tensor:
 
 
 def alpha(logp: Tensor, teacher_logp: Tensor, weight: float = 0.5) -> Tensor:
-    """f-DPO, arXiv:2309.16240: (1 - sum p_S^(1-a) p_T^a) / (a (1 - a)); KL(T||S) as a -> 1."""
+    """Alpha-divergence, arXiv:2309.16240: (1 - sum_v p_S^(1-a) p_T^a) / (a (1 - a)).
+
+    a is `alpha`, between 0, which is the reverse KL, and 1, the forward one.
+    """
     seen = (logp > -math.inf) & (teacher_logp > -math.inf)
     log_s, log_t = torch.where(seen, logp, 0), torch.where(seen, teacher_logp, 0)
     affinity = torch.where(seen, ((1 - weight) * log_s + weight * log_t).exp(), 0).sum(-1)

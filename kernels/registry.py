@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import group_advantage, policy, preference, reward, value_losses
+from . import divergence, group_advantage, policy, preference, reward, value_losses
 from .policy_parts import Actions
 from .preference_parts import Inputs, Labelled, Listed, Pair, hyperparameters, probe
 from .surrogate import detached_clip
@@ -23,7 +23,7 @@ class Family(NamedTuple):
     """Methods that are called alike.
 
     shape: of what they read, where it is one for all.
-    call: the function that takes a loss by name; None if each is called itself.
+    call: the function that takes a loss by name, as `option`; None if each is called itself.
     kind: what the losses of `call` read.
     """
 
@@ -35,6 +35,7 @@ class Family(NamedTuple):
     shape: str = ""
     call: str | None = None
     kind: type[Inputs] | None = None
+    option: str = "loss_type"
 
 
 FAMILIES = (
@@ -80,6 +81,16 @@ FAMILIES = (
     ),
     Family("value", "Values of a critic", "value_losses", value_losses.LOSSES, "token", "[M]"),
     Family("reward", "Reward, cost and process models", "reward", reward.LOSSES, "pair"),
+    Family(
+        "divergence",
+        "Divergences over the vocabulary, between a student's and a teacher's head",
+        "divergence",
+        divergence.DIVERGENCES,
+        "token",
+        "[N, H] and [V, H]",
+        "linear_divergence",
+        option="kind",
+    ),
 )
 ESTIMATORS = Family(
     "advantage", "Advantages and returns", "group_advantage", group_advantage.ESTIMATORS, ""
@@ -111,7 +122,7 @@ class Method(NamedTuple):
         wanted = [k for k, v in self.hyperparameters.items() if v is REQUIRED]
         given += [f"{name}={name}" for name in wanted]
         if family.call is not None:
-            given.append(f'loss_type="{self.name}"')
+            given.append(f'{family.option}="{self.name}"')
         if self.aggregation == "seq-mean-token-sum-norm":
             given.append("max_length=1024")
         start = f"from prefuse.kernels.{self.module} import {call}\n"
@@ -144,6 +155,7 @@ PARAMETERS = {
         preference.unpaired_loss,
         preference.list_loss,
         policy.policy_loss,
+        divergence.linear_divergence,
     )
 }
 
@@ -186,7 +198,8 @@ def _method(name: str, function: Callable, family: Family) -> Method:
 def _reads(function: Callable, family: Family) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Inputs, optional inputs and unit."""
     if family.kind is None:
-        parameters = inspect.signature(function).parameters.values()
+        called = PARAMETERS.get(family.call or "", inspect.signature(function).parameters)
+        parameters = called.values()
         given = [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         needed = tuple(p.name for p in given if p.default is inspect.Parameter.empty)
         return needed, tuple(p.name for p in given if p.name not in needed), family.unit

@@ -13,6 +13,7 @@ from test_preference import draw as pairs
 from test_reward import CASES as REWARDS
 from torch import Tensor
 
+from prefuse.kernels.divergence import linear_divergence
 from prefuse.kernels.informed_pair_losses import matched_by_rank
 from prefuse.kernels.objective import Objective
 from prefuse.kernels.policy import policy_loss
@@ -87,6 +88,20 @@ def value(name: str) -> Case:
     return Case(given, 8, method.inputs[:1], by_rows, lambda x: method.function(**x))
 
 
+def divergence(name: str) -> Case:
+    """Tokens of hidden states; the heads are shared."""
+    shared = {k: torch.randn(11, 4).double() for k in ("weight", "teacher_weight")}
+    given = {k: torch.randn(7, 4).double() for k in ("hidden", "teacher_hidden")} | shared
+
+    def call(x: Batch) -> Objective:
+        return Objective(linear_divergence(**x, kind=name), "token", {})
+
+    def part(x: Batch, rows: list[int]) -> Batch:
+        return {k: v if k in shared else v[rows] for k, v in x.items()}
+
+    return Case(given, 7, ("hidden", "weight"), part, call)
+
+
 def reward(name: str) -> Case:
     case = next(c for c in REWARDS if c.loss == name)
     given = case.tensors(learn=False)
@@ -97,6 +112,7 @@ def reward(name: str) -> Case:
 
 
 MAKE = dict(pair=pair, unpaired=unpaired, list=listed, policy=policy, value=value, reward=reward)
+MAKE["divergence"] = divergence
 # their losses are of the whole batch; AOT's parts are given what it is matched with
 WHOLE = BATCHWISE - {"aot"}
 

@@ -13,7 +13,7 @@ from prefuse.kernels.registry import ADVANTAGES, FAMILIES, METHODS
 from prefuse.trainer.methods import explain, listing, markdown
 
 ROOT = Path(__file__).parents[1]
-NO_PAPER = {"importance", "sft", "value_mse"}
+NO_PAPER = {"importance", "sft", "value_mse", "forward_kl", "reverse_kl"}
 SPLIT = [name for name in METHODS if name not in WHOLE]
 
 
@@ -49,7 +49,8 @@ def test_the_example_runs(name):
     assert set(method.inputs) <= set(given)
     scope = dict(given)
     exec(method.example(), scope)
-    assert scope["objective"].unit == method.unit
+    if method.family.name != "divergence":  # which returns the losses themselves
+        assert scope["objective"].unit == method.unit
     assert any(given[k].grad is not None for k in batch.learnt)
 
 

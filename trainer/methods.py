@@ -88,7 +88,7 @@ def _legend(family: Family) -> str:
     if family.call is None:
         start = "Each is a function; its example says where it is."
     else:
-        start = f"`{_called(family)}(..., loss_type=NAME)`; what they read is {family.shape}."
+        start = f"`{_called(family)}(..., {family.option}=NAME)`; what they read is {family.shape}."
     modules = dict.fromkeys(inspect.getmodule(f) for f in family.table.values())
     notes = [inspect.cleandoc(m.__doc__ or "") for m in modules if m is not None]
     return "\n\n".join([start, *notes])
