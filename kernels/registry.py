@@ -125,16 +125,25 @@ class Method(NamedTuple):
             given.append(f'{family.option}="{self.name}"')
         if self.aggregation == "seq-mean-token-sum-norm":
             given.append("max_length=1024")
-        start = f"from prefuse.kernels.{self.module} import {call}\n"
+        start = f"from prefuse.kernels.{self.module} import {call}\n\n"
         if family.unit == "":
-            return f"{start}advantages = {call}({', '.join(given)})"
-        return f"{start}objective = {call}({', '.join(given)})\nobjective.mean().backward()"
+            return f"{start}{_call('advantages', call, given)}"
+        return f"{start}{_call('objective', call, given)}\nobjective.mean().backward()"
 
     @property
     def module(self) -> str:
         """Where to import what is called from."""
         family = self.family
         return family.module if family.call else self.function.__module__.rpartition(".")[2]
+
+
+def _call(result: str, function: str, given: list[str]) -> str:
+    """`result = function(...)`, broken where a formatter of 100 columns breaks it."""
+    for inside in (", ".join(given), f"\n    {', '.join(given)}\n"):
+        line = f"{result} = {function}({inside})"
+        if max(map(len, line.splitlines())) <= 100:
+            return line
+    return f"{result} = {function}(\n    " + ",\n    ".join(given) + ",\n)"
 
 
 def _arguments(names: tuple[str, ...], family: Family) -> list[str]:
