@@ -27,9 +27,10 @@ def rollout_weight(
     low: float = 0.0,
     high: float = 2.0,
 ) -> Tensor:
-    """Truncated importance sampling, arXiv:2508.20743: clamp(pi_old / pi_rollout, low, high).
+    """Truncated importance sampling: clamp(pi_old / pi_rollout, low, high).
 
-    pi_old is the trainer's own computation and pi_rollout the engine's, of the same tokens.
+    By Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems". pi_old is the
+    trainer's own computation and pi_rollout the engine's, of the same tokens.
 
     mode: "token" ratios or "sequence" ones, products over the unmasked tokens of a sequence;
         "truncate" clamps them, "mask" (arXiv:2510.18855) makes those outside [low, high] 0.

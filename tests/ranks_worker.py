@@ -69,17 +69,18 @@ def config_of(folder: Path, **changes) -> DPOConfig:
     return DPOConfig(**settings | changes)
 
 
-def models_of(method: str, dtype: torch.dtype, ranks: Ranks):
-    """The sharded policy and the method it is trained by."""
+def models_of(method: str, dtype: torch.dtype, ranks: Ranks, moving: bool = False):
+    """The sharded policy and the method it is trained by; moving: its reference is."""
     loss, tie = METHODS[method]
     made = [tiny_model(tie=tie, seed=seed) for seed in (0, 1)]
     if dtype == torch.float64:
         made = [in_float64(m) for m in made]
-    scorer, frozen = (shard(scorer_of(m), ranks) for m in made)
+    scorer, frozen = (shard(scorer_of(m), ranks, k == 1) for k, m in enumerate(made))
     if loss == "sft":
         return scorer, objectives.sft()
     reference = objectives.live_reference(frozen.requires_grad_(False))
-    return scorer, objectives.dpo(reference, loss, {})
+    found = objectives.dpo(reference, loss, {})
+    return scorer, objectives.following(found, scorer, frozen, 0.5, 2) if moving else found
 
 
 def parameters(scorer) -> dict[str, torch.Tensor]:
@@ -139,7 +140,8 @@ def evaluation(folder: Path, split: dict, ranks: Ranks):
 
 
 def resumed(folder: Path, split: dict, ranks: Ranks):
-    """5 steps of AdamW straight through, and 3 then 2 from the checkpoint in a new model."""
+    """5 steps of AdamW straight through, and 3 then 2 from the checkpoint in a new model, with a
+    reference that has moved once by then."""
     found = []
     adamw = dict(optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0, **split)
     for parts in ((5,), (3, 5)):
@@ -148,7 +150,7 @@ def resumed(folder: Path, split: dict, ranks: Ranks):
             resume = dict(resume_from_checkpoint="true") if losses else {}
             save = dict(save_steps=3 if len(parts) == 2 else 0)
             config = config_of(folder / str(len(parts)), max_steps=last, **adamw, **resume, **save)
-            scorer, objective = models_of("dpo", torch.float32, ranks)
+            scorer, objective = models_of("dpo", torch.float32, ranks, moving=True)
             losses += [m["loss"] for m in train("dpo", config, scorer, objective, ranks)]
         found.append((losses, parameters(scorer)))
     return found

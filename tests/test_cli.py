@@ -91,6 +91,8 @@ def assert_told(result: tuple[object, str], *wanted: str) -> None:
         (["--loss_type", "sigmoyd"], "--loss_type: wanted one of sigmoid, sigmoid_norm, robust"),
         (["--loss_type", "xpo"], "--loss_type xpo: it reads explored of every pair"),
         (["--loss_type", "aot"], "--loss_type aot: it compares the pairs of the whole batch"),
+        (["--ref_model_mixup_alpha", "0"], "--ref_model_mixup_alpha: wanted a number in (0, 1]"),
+        (["--sync_ref_model", "--precompute_ref_log_probs"], "--sync_ref_model: wanted a refer"),
         (["--beta", "0"], "--beta: wanted a positive number; got 0"),
         (["--label_smoothing", "1.5"], "--label_smoothing: wanted a probability; got 1.5"),
         (["--gamma", "1"], "--gamma: loss 'sigmoid' has no such hyperparameter; it takes beta"),
@@ -312,6 +314,15 @@ def test_settings_that_do_not_fit_the_data(run):
     assert_told(
         run("dpo", rows, "--resume_from_checkpoint", "absent"), "not a complete checkpoint folder"
     )
+
+
+def test_references_that_cannot_follow(run, tmp_path):
+    rows = pair_rows(4)
+    told = run("dpo", rows, "--sync_ref_model", "--loss_type", "simpo", "--gamma", "1")
+    assert_told(told, "--sync_ref_model: simpo has no reference to move")
+    wide = write_model(tmp_path / "wide", tiny_model(intermediate_size=40))
+    told = run("dpo", rows, "--sync_ref_model", "--ref_model_name_or_path", wide)
+    assert_told(told, "--sync_ref_model: wanted a reference of the policy's architecture")
 
 
 def test_a_folder_that_holds_another_run(run, tmp_path):

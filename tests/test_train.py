@@ -100,10 +100,13 @@ def test_the_first_loss_is_ln_2(run, more):
     assert first["rewards/accuracies"] == 0.5 and abs(first["rewards/margins"]) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_resume_is_straight_through(run, tmp_path, method):
+MOVING = ("--sync_ref_model", "--ref_model_sync_steps", "2", "--ref_model_mixup_alpha")
+
+
+@pytest.mark.parametrize("method, more", [("sft", ()), ("dpo", ()), ("dpo", (*MOVING, "0.4"))])
+def test_resume_is_straight_through(run, tmp_path, method, more):
     """Same losses and parameters, exactly; the break is in the middle of an epoch."""
-    options = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    options = [*more, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     options += ["--warmup_steps", "2", "--lr_scheduler_type", "cosine", "--max_steps", "8"]
     straight = run(method, "straight", *options)
     run(method, "broken", *options, "--save_steps", "5")
@@ -114,6 +117,26 @@ def test_resume_is_straight_through(run, tmp_path, method):
         assert [x[name] for x in resumed] == [x[name] for x in straight]
     wanted, got = (weights_of(tmp_path / name) for name in ("straight", "broken"))
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_a_reference_replaced_by_the_policy_leaves_ln_2(run):
+    """After every second step both are the same model."""
+    lines = run("dpo", "out", "--max_steps", "6", *MOVING, "1")
+    at_ln_2 = [abs(x["loss"] - math.log(2)) < 1e-6 for x in lines]
+    assert at_ln_2 == [True, False, True, False, True, False]
+
+
+def test_a_moved_reference_is_a_mixture():
+    policy, reference = (scorer_of(tiny_model(seed=seed)) for seed in (0, 1))
+    wanted = [
+        0.3 * new + 0.7 * old
+        for new, old in zip(policy.parameters(), reference.parameters(), strict=True)
+    ]
+    method = objectives.following(objectives.sft(), policy, reference, alpha=0.3, every=3)
+    for done in (1, 2, 3, 4, 5):
+        method.after_step(done)
+    for got, mixed in zip(reference.parameters(), wanted, strict=True):
+        assert_close(got, mixed)
 
 
 def test_checkpoints_kept(run, tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -26,22 +28,24 @@ from .errors import UserError
 def save(
     folder: Path,
     ranks: Ranks,
-    scorer: nn.Module,
+    modules: Mapping[str, nn.Module],
     optimizer,
     progress: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Writes `folder/checkpoint-N`, N = progress["step"]; it has its name only once complete."""
+    """Writes `folder/checkpoint-N`, N = progress["step"]; it has its name only once complete.
+
+    modules: the policy as "model", whose parameters the optimizer has, and what else changes.
+    """
     final = folder / f"checkpoint-{progress['step']}"
     partial = folder / f".{final.name}.partial"
     if ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier()
-    model_state, optimizer_state = get_state_dict(scorer, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        dcp.save(_state(modules, optimizer), checkpoint_id=partial)
     if ranks.is_main:
         (partial / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
@@ -52,20 +56,27 @@ def save(
     return final
 
 
-def load(path: Path, scorer: nn.Module, optimizer) -> dict[str, Any]:
+def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> dict[str, Any]:
     """Restores a checkpoint in place; returns its progress."""
-    model_state, optimizer_state = get_state_dict(scorer, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = _state(modules, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
         dcp.load(state, checkpoint_id=path)
     set_state_dict(
-        scorer,
+        modules["model"],
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+    for name in modules.keys() - {"model"}:
+        set_model_state_dict(modules[name], state[name])
     return json.loads((path / "progress.json").read_text())
+
+
+def _state(modules: Mapping[str, nn.Module], optimizer) -> dict[str, Any]:
+    model, optimizer_state = get_state_dict(modules["model"], optimizer)
+    others = {k: get_model_state_dict(m) for k, m in modules.items() if k != "model"}
+    return {"model": model, "optimizer": optimizer_state, **others}
 
 
 def complete(folder: Path) -> list[Path]:

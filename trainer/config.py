@@ -156,6 +156,27 @@ class DPOConfig(TrainConfig):
     precompute_ref_log_probs: bool = flag(
         default=False, help="Score the data once under the reference, then free it."
     )
+    sync_ref_model: bool = flag(
+        default=False,
+        help="TR-DPO, arXiv:2404.09656: move the reference towards the policy as it trains.",
+    )
+    ref_model_mixup_alpha: float = flag(
+        default=0.6, help="The policy's share in the moved reference; 1 replaces it."
+    )
+    ref_model_sync_steps: int = flag(default=512, help="Optimizer steps between two moves.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        share = self.ref_model_mixup_alpha
+        _require(0 < share <= 1, "ref_model_mixup_alpha", "a number in (0, 1]", share)
+        steps = self.ref_model_sync_steps
+        _require(steps >= 1, "ref_model_sync_steps", "a positive number", steps)
+        _require(
+            not (self.sync_ref_model and self.precompute_ref_log_probs),
+            "sync_ref_model",
+            "a reference that is kept",
+            "precompute_ref_log_probs, which frees it",
+        )
 
 
 def _require(holds: bool, flag: str, wanted: str, got: object) -> None:

@@ -60,12 +60,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(scorer: Model, ranks: Ranks) -> Model:
-    """FSDP2: each decoder layer, and the rest with the scorer itself as the root."""
+def shard(scorer: Model, ranks: Ranks, frozen: bool = False) -> Model:
+    """FSDP2: each decoder layer, and the rest with the scorer itself as the root.
+
+    frozen: no backward follows, which would reshard the root: its own forward does.
+    """
     if ranks.world > 1:
         for layer in decoder_layers(scorer):
             fully_shard(layer)
-        fully_shard(scorer)
+        fully_shard(scorer, reshard_after_forward=True if frozen else None)
     return scorer
 
 

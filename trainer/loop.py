@@ -37,7 +37,7 @@ def train(
     schedule = Schedule(examples, config, ranks)
     optimizer = make_optimizer(scorer, config)
     learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
-    start = resume(config, scorer, optimizer, learning_rate, report)
+    start = resume(config, method, scorer, optimizer, learning_rate, report)
     meter = Meter(ranks)
     scorer.train()
 
@@ -59,6 +59,7 @@ def train(
             optimizer.zero_grad()
 
             done = step + 1
+            method.after_step(done)
             progress.update(bar, completed=done)
             if logs(config, done, schedule):
                 values = meter.read()
@@ -75,7 +76,7 @@ def train(
                 saved = checkpoint.save(
                     Path(config.output_dir),
                     ranks,
-                    scorer,
+                    {"model": scorer, **method.modules},
                     optimizer,
                     {"step": done, "learning_rate": learning_rate.state_dict()},
                     config.save_total_limit,
@@ -133,12 +134,12 @@ def make_scheduler(optimizer, config, total_steps: int):
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
-def resume(config, scorer, optimizer, learning_rate, report: Report) -> int:
+def resume(config, method: Method, scorer, optimizer, learning_rate, report: Report) -> int:
     """The step to begin with."""
     if not config.resume_from_checkpoint:
         return 0
     path = checkpoint.resolve(Path(config.output_dir), config.resume_from_checkpoint)
-    progress = checkpoint.load(path, scorer, optimizer)
+    progress = checkpoint.load(path, {"model": scorer, **method.modules}, optimizer)
     learning_rate.load_state_dict(progress["learning_rate"])
     report.forget_after(progress["step"])
     report.say(f"resumed {path} at step {progress['step']}")

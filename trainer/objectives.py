@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefuse.kernels.linear_logp import TokenStats
 from prefuse.kernels.objective import Objective, Unit
@@ -14,6 +15,7 @@ from prefuse.kernels.preference import LOSSES, inputs, preference_loss
 from prefuse.kernels.segments import segment_sum
 
 from .batch import PackedBatch
+from .errors import UserError
 from .scores import Scorer
 
 # what `dpo` gives a loss of a pair, from scores and from columns of the data
@@ -23,11 +25,21 @@ JUDGED = ("margin", "preference")
 Reference = Callable[[PackedBatch], Tensor]
 
 
+def _nothing(done: int) -> None:
+    pass
+
+
 class Method(NamedTuple):
-    """What is minimised, and the unit it is counted in."""
+    """What is minimised, and the unit it is counted in.
+
+    after_step: called with the number of optimizer steps done.
+    modules: what changes besides the policy, by a name under which checkpoints hold it.
+    """
 
     objective: Callable[[Scorer, PackedBatch], Objective]
     unit: Unit
+    after_step: Callable[[int], None] = _nothing
+    modules: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 def sft() -> Method:
@@ -96,6 +108,26 @@ def live_reference(scorer: Scorer) -> Reference:
         return sequence_logps(scorer, batch)
 
     return score
+
+
+def following(
+    method: Method, scorer: Scorer, reference: Scorer, alpha: float, every: int
+) -> Method:
+    """TR-DPO, arXiv:2404.09656: ref <- alpha policy + (1 - alpha) ref, every `every` steps."""
+    wanted, got = ({k: p.shape for k, p in s.named_parameters()} for s in (scorer, reference))
+    if wanted != got:
+        raise UserError(
+            "--sync_ref_model: wanted a reference of the policy's architecture; got "
+            f"{type(reference.model).__name__} of other shapes than {type(scorer.model).__name__}"
+        )
+
+    @torch.no_grad()
+    def after_step(done: int) -> None:
+        if done % every == 0:
+            for old, new in zip(reference.parameters(), scorer.parameters(), strict=True):
+                old.lerp_(new, alpha)
+
+    return method._replace(after_step=after_step, modules={"reference": reference})
 
 
 def cached_reference(table: Tensor) -> Reference:

@@ -47,11 +47,17 @@ def run_dpo(config: DPOConfig) -> None:
         judged = objectives.judged_columns(config.loss_type)
         return pair_examples(rows, tokenizer, config.max_length, judged)
 
-    def method(config: DPOConfig, examples, ranks, report) -> Method:
-        reference = None
-        if "ref_chosen" in inputs(LOSSES[config.loss_type]):
-            reference = _reference(config, examples, ranks, report)
-        return objectives.dpo(reference, config.loss_type, config.hyperparameters)
+    def method(config: DPOConfig, scorer, examples, ranks, report) -> Method:
+        if "ref_chosen" not in inputs(LOSSES[config.loss_type]):
+            if config.sync_ref_model:
+                raise UserError(f"--sync_ref_model: {config.loss_type} has no reference to move")
+            return objectives.dpo(None, config.loss_type, config.hyperparameters)
+        reference, model = _reference(config, examples, ranks, report)
+        method = objectives.dpo(reference, config.loss_type, config.hyperparameters)
+        if config.sync_ref_model:
+            share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+            method = objectives.following(method, scorer, model, share, every)
+        return method
 
     _run(config, "dpo", tokenize, method)
 
@@ -77,7 +83,7 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     for data, ledger in ledgers.items():
         for line in ledger.lines():
             report.say(f"{data}: {line}")
-    method = make_method(config, examples + held_out, ranks, report)
+    method = make_method(config, scorer, examples + held_out, ranks, report)
     _prepare(config, scorer)
     scorer = shard(scorer, ranks)
     train(config, method, scorer, examples, held_out, ranks, report)
@@ -145,23 +151,27 @@ def _prepare(config, scorer: Scorer) -> None:
             layer.compile()
 
 
-def _reference(config: DPOConfig, examples: list[Example], ranks: Ranks, report) -> Reference:
-    """pi_ref: a frozen model kept beside the policy, or its scores of the data."""
+def _reference(
+    config: DPOConfig, examples: list[Example], ranks: Ranks, report
+) -> tuple[Reference, Scorer]:
+    """pi_ref: a model kept beside the policy, or its scores of the data; and that model."""
     name = config.ref_model_name_or_path or config.model_name_or_path
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     _, scorer, note = load_scorer(config, name, tokenizer, examples, ranks)
     if scorer.layout != config.layout:
         raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
     scorer.requires_grad_(False)
-    score = objectives.live_reference(shard(scorer, ranks))
+    scorer = shard(scorer, ranks, frozen=True)
+    score = objectives.live_reference(scorer)
 
     def autocast_score(batch):
         with autocast(config, ranks):
             return score(batch)
 
     if not config.precompute_ref_log_probs:
-        return autocast_score
-    return objectives.cached_reference(_precompute(config, autocast_score, examples, ranks, report))
+        return autocast_score, scorer
+    table = _precompute(config, autocast_score, examples, ranks, report)
+    return objectives.cached_reference(table), scorer
 
 
 def _precompute(config, score: Reference, examples: list[Example], ranks: Ranks, report):
