@@ -89,7 +89,7 @@ INLINE void terms(float x_s, float x_t, float lse_s, float lse_t, float offset, 
     const float far_t = p_t == 0 ? 0 : p_t * u_t, far_s = p_s == 0 ? 0 : p_s * u_s;
     *value = near ? beta * p_t * near_t + rest * p_s * near_s : -beta * far_t - rest * far_s;
     *slope = -rest * (near ? p_s * 2 * z_s * (1 + tail_s) : far_s);
-  } else {
+  } else if (KIND == kAlpha) {
     const float alpha = weight;
     const bool by_teacher = alpha >= 0.5f;  // the smaller exponent, where no digits cancel
     const float s = by_teacher ? rest : alpha, x = by_teacher ? r : -r;
@@ -103,6 +103,10 @@ INLINE void terms(float x_s, float x_t, float lse_s, float lse_t, float offset, 
     const float disjoint = (rest * p_s + alpha * p_t) / (alpha * rest);
     *value = size < kFinite ? (whole - part / s) / (1 - s) : disjoint;
     *slope = (std::fabs(y) < kNear ? -p_s * (y + phi_near(y)) : p_s - mixed) / alpha;
+  } else {
+    const float gap = near ? p_t * (r + phi_near(r)) : p_s - p_t;
+    *value = 0.5f * std::fabs(gap);
+    *slope = (r > 0 ? 0.5f * p_s : 0) - (r < 0 ? 0.5f * p_s : 0);
   }
 }
 
@@ -215,6 +219,7 @@ void divergence_statistics_cpu(const DivergenceTile& tile, float* stats, int thr
     if (tile.kind == kReverseKl) statistics_row<kReverseKl>(tile, row, stats);
     if (tile.kind == kJsd) statistics_row<kJsd>(tile, row, stats);
     if (tile.kind == kAlpha) statistics_row<kAlpha>(tile, row, stats);
+    if (tile.kind == kTvd) statistics_row<kTvd>(tile, row, stats);
   }
 }
 
@@ -227,6 +232,7 @@ void divergence_gradient_cpu(const DivergenceTile& tile, const float* stats, flo
     if (tile.kind == kReverseKl) gradient_row<kReverseKl>(tile, row, stats, target);
     if (tile.kind == kJsd) gradient_row<kJsd>(tile, row, stats, target);
     if (tile.kind == kAlpha) gradient_row<kAlpha>(tile, row, stats, target);
+    if (tile.kind == kTvd) gradient_row<kTvd>(tile, row, stats, target);
   }
 }
 

@@ -4,7 +4,7 @@
 
 namespace prefuse {
 
-enum DivergenceKind { kForwardKl = 0, kReverseKl = 1, kJsd = 2, kAlpha = 3 };
+enum DivergenceKind { kForwardKl = 0, kReverseKl = 1, kJsd = 2, kAlpha = 3, kTvd = 4 };
 constexpr int kDivergenceParts = 5;  // lse_student, lse_teacher, offset, value, mean
 
 // One head's raw logits [rows][cols]; final logit = softcap(scale * (raw + bias)) / temperature.

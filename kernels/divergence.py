@@ -4,6 +4,7 @@
     reverse_kl   KL(S || T) = sum_v p_S (log p_S - log p_T)
     jsd          b KL(T || M) + (1 - b) KL(S || M),  M = b T + (1 - b) S
     alpha        (1 - sum_v p_S^(1-a) p_T^a) / (a (1 - a))
+    tvd          sum_v |p_T - p_S| / 2
 
 in nats, per token, with p = softmax(logits / temperature); only the student gets a gradient.
 

@@ -57,8 +57,16 @@ def alpha(logp: Tensor, teacher_logp: Tensor, weight: float = 0.5) -> Tensor:
     return (1 - affinity) / (weight * (1 - weight))
 
 
+def tvd(logp: Tensor, teacher_logp: Tensor, weight: float = 0.0) -> Tensor:
+    """Total variation, arXiv:2307.15190: sum_v |p_T - p_S| / 2.
+
+    Symmetric, at most 1, and not squared near 0: where p_T = p_S an entry has no gradient.
+    """
+    return (teacher_logp.exp() - logp.exp()).abs().sum(-1) / 2
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (forward_kl, reverse_kl, jsd, alpha)
+    function.__name__: function for function in (forward_kl, reverse_kl, jsd, alpha, tvd)
 }
 
 

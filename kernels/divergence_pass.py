@@ -7,6 +7,7 @@ f(1) = f'(1) = 0. Then no term is negative, and with r = log rho,
     reverse_kl   p_S (e^-r - 1 + r)                  w = p_S r
     jsd          -b p_T u_T - (1 - b) p_S u_S        w = -(1 - b) p_S u_S
     alpha        ((1 - a) p_S + a p_T - q) / (a (1 - a))    w = (p_S - q) / a
+    tvd          |p_S - p_T| / 2                  w = p_S sign(r) / 2
 
 for b the teacher's weight in the mixture M, u = log(p_M / p_.), q = p_S^(1-a) p_T^a. The gradient
 is d value / d x_S = w - p_S sum w. An error of the normalisers enters only squared, or times the
@@ -142,6 +143,9 @@ def _terms(rule: Rule, x_s: Tensor, x_t: Tensor, stats: Tensor) -> tuple[Tensor,
         logs = (1 - rule.weight) * (x_s - lse_s) + rule.weight * (x_t - lse_t)
         return _alpha_terms(r, p_s, p_t, logs.exp(), rule.weight, near, close)
     small = torch.where(near, r, 0)
+    if rule.kind == "tvd":
+        gap = torch.where(near, p_t * (small + _phi(small)), p_s - p_t)
+        return gap.abs() / 2, p_s * ((r > 0).to(r) - (r < 0).to(r)) / 2
     if rule.kind == "forward_kl":
         phi = _phi(small)
         far = torch.where(p_t > 0, p_s - p_t - p_t * r, p_s)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .launch import device_guard, next_power_of_2, tl, triton
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "alpha")
+KINDS = ("forward_kl", "reverse_kl", "jsd", "alpha", "tvd")
 NEAR = 0.5  # a log-ratio below this takes the series
 CLOSE = 1.0  # up to here p_S is p_T e^r, so that their errors are one
 FINITE = 1e30
@@ -97,7 +97,7 @@ def _terms_block(x_s, x_t, lse_s, lse_t, offset, weight, rest, inside, KIND: tl.
         far = -weight * far_t - rest * far_s
         value = tl.where(near, weight * p_t * near_t + rest * p_s * near_s, far)
         slope = -rest * tl.where(near, p_s * 2.0 * z_s * (1.0 + tail_s), far_s)
-    else:
+    elif KIND == 3:
         by_teacher = weight >= 0.5
         s = tl.where(by_teacher, rest, weight)
         x = tl.where(by_teacher, r, -r)
@@ -116,6 +116,10 @@ def _terms_block(x_s, x_t, lse_s, lse_t, offset, weight, rest, inside, KIND: tl.
         y_small = tl.where(tl.abs(y) < _NEAR, y, 0.0)
         grown = y_small + _phi_block(y_small)
         slope = tl.where(tl.abs(y) < _NEAR, -p_s * grown, p_s - mixed) / weight
+    else:
+        gap = tl.where(near, p_t * (small + _phi_block(small)), p_s - p_t)
+        value = 0.5 * tl.abs(gap)
+        slope = tl.where(r > 0, 0.5 * p_s, tl.where(r < 0, -0.5 * p_s, 0.0))
     return value, slope
 
 

@@ -81,6 +81,40 @@ def tdpo2(pair: Pair, *, beta: float = 0.1, alpha: float = 0.5) -> Objective:
     return objective(logistic(beta * (chosen - rejected - kl)), beta * chosen, beta * rejected)
 
 
+def tpo(
+    pair: Pair, *, beta: float = 0.01, nll_coef: float = 1.0, label_smoothing: float = 0.0
+) -> Objective:
+    """TPO, arXiv:2405.16681: h(beta (l(w) - l(l))) - nll_coef l(g) / |g|, g a gold completion.
+
+    CPO with the likelihood term on a third completion. No reference model.
+    """
+    z = beta * (pair.chosen - pair.rejected)
+    loss = smoothed(logistic, z, label_smoothing) + nll_coef * _gold_nll(pair)
+    return objective(loss, beta * pair.chosen, beta * pair.rejected)
+
+
+def tpo_l(
+    pair: Pair,
+    *,
+    beta: float = 0.01,
+    gamma: float = 0.5,
+    nll_coef: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """TPO-L, arXiv:2405.16681: h(beta (m(w) - m(l)) - gamma) - nll_coef m(g), m = l / |y|.
+
+    SimPO with the likelihood of a gold completion g.
+    """
+    chosen, rejected = pair.mean_logps()
+    z = beta * (chosen - rejected) - gamma
+    loss = smoothed(logistic, z, label_smoothing) + nll_coef * _gold_nll(pair)
+    return objective(loss, beta * chosen, beta * rejected)
+
+
+def _gold_nll(pair: Pair) -> Tensor:
+    return -pair.need("gold") / pair.need("gold_len")
+
+
 def xpo(pair: Pair, *, beta: float = 0.1, alpha: float = 1e-5) -> Objective:
     """XPO, arXiv:2405.21046: h(beta delta) + alpha l(x), x a completion that pi_ref sampled.
 
@@ -171,5 +205,6 @@ def same_rank(values: Tensor, others: Tensor) -> Tensor:
 
 
 BATCHWISE = {"aot", "aot_unpaired"}  # whose pairs meet those of the whole batch
-_ALL = (sppo, mmpo, osp, rpo, wpo, tdpo1, tdpo2, xpo, inpo, egpo, beta_dpo, aot, aot_unpaired)
+_ALL = (sppo, mmpo, osp, rpo, wpo, tdpo1, tdpo2, tpo, tpo_l, xpo, inpo, egpo, beta_dpo)
+_ALL += (aot, aot_unpaired)
 LOSSES: dict[str, Callable[..., Objective]] = {loss.__name__: loss for loss in _ALL}

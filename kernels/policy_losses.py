@@ -248,6 +248,23 @@ def distill(x: Actions) -> Surrogate:
     return Surrogate(clip, advantages=(x.need("teacher_logp") - x.logp).detach())
 
 
+def iw_opd(x: Actions, *, gamma: float = 0.5) -> Surrogate:
+    """IW-OPD, arXiv:2606.22600: -w A log pi, A = sg(log pi_teacher - log pi_rollout).
+
+    w = 1 + gamma (1 - sum_{s < t} |A_s| / sum_s |A_s|) over the sequence: tokens before the teacher
+    and the student part count more. pi_rollout is pi_old where rollout_logp is not given.
+    """
+    expect(gamma >= 0, "gamma", "a number of at least 0", gamma)
+    rollout_logp = x.optional("rollout_logp")
+    sampled = x.old_logp if rollout_logp is None else rollout_logp
+    advantages = x.kept(x.need("teacher_logp") - sampled).detach()
+    size = advantages.abs()
+    total = x.sum(size)
+    passed = torch.where(total > 0, x.before(size) / total, 0.0)
+    weighted = (1 + gamma * (1 - passed)) * advantages
+    return reinforce(x)._replace(advantages=weighted, corrects_rollout=True)
+
+
 def dft(x: Actions) -> Surrogate:
     """Dynamic fine-tuning, arXiv:2508.05629: -sg(pi) log pi, on demonstrations."""
     return _reinforced(x, x.logp.detach().exp())._replace(advantages=torch.ones_like(x.logp))
@@ -277,6 +294,6 @@ def _reinforced(x: Actions, weight: Tensor) -> Surrogate:
 _ALL = (
     (ppo, grpo, dapo, dr_grpo, decoupled_ppo, clip_cov, kl_cov)
     + (gspo, gspo_token, luspo, gmpo, cispo, sapo, vespo)
-    + (reinforce, importance, rloo, topr, nft, luffy, distill, dft, sft)
+    + (reinforce, importance, rloo, topr, nft, luffy, distill, iw_opd, dft, sft)
 )
 LOSSES: dict[str, Callable[..., Surrogate]] = {loss.__name__: loss for loss in _ALL}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .preference_parts import Inputs
@@ -50,6 +51,14 @@ class Actions(Inputs):
         if self.optional("mask") is not None:
             count = self._total(torch.ones_like(x))
         return self._spread(self._total(x) / count.clamp(min=1), len(x))
+
+    def before(self, x: Tensor) -> Tensor:
+        """The sum of x over the tokens before each one in its sequence or step."""
+        running = F.pad(self.kept(x).double().cumsum(0), (1, 0))
+        bounds = self._bounds()
+        starts = running[bounds[:-1].long()]
+        spread = segment_spread(starts, bounds, len(x), impl=self.impl)
+        return (running[:-1] - spread).to(x.dtype)
 
     def _bounds(self) -> Tensor:
         steps = self.optional("steps")

@@ -50,6 +50,8 @@ class Pair(Inputs):
     rejected_kl: Tensor | None = None
     chosen_weight: Tensor | None = None  # mean_t (log pi - log sum_v p_v^2)
     rejected_weight: Tensor | None = None
+    gold: Tensor | None = None  # log pi of a third completion, a demonstration
+    gold_len: Tensor | None = None
     explored: Tensor | None = None  # log pi of a completion that pi_ref sampled
     batch_margin: Tensor | None = None  # mean of beta delta over the global batch, [P] or []
     running_margin: Tensor | None = None  # its moving average

@@ -34,6 +34,7 @@ KINDS = {
     "jsd near its end": dict(kind="jsd", beta=1e-3),
     "alpha": dict(alpha=0.3),
     "alpha near its end": dict(kind="alpha", alpha=0.999),
+    "tvd": {},
 }
 OPTIONS = {
     "plain": {},
@@ -186,7 +187,7 @@ def test_reference_gradcheck(name):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "tvd"])  # not squared near 0
 @pytest.mark.parametrize("scale", [1e-4, 1e-5])
 def test_small_divergences_keep_their_digits(scale, name, impl, device):
     """Values of 1e-8 to 1e-13: in float32 the formulas as they stand lose them to rounding."""
@@ -266,6 +267,8 @@ def test_identities(name, impl, device):
     assert float(grad.sum(1).abs().max()) < 1e-5  # a shift of all logits changes nothing
     value, grad = through_logits(token_divergence, teacher, teacher, impl=impl, **kind_of(name))
     assert float(value.abs().max()) == 0 and float(grad.abs().max()) == 0
+    if name == "tvd":  # rounding is a difference, and has a sign
+        return
     shifted, grad = through_logits(
         token_divergence, teacher + 8, teacher, impl=impl, **kind_of(name)
     )
@@ -298,6 +301,10 @@ def test_relations_between_kinds(impl, device):
             assert_close(near, value(*pair, kind=same), rtol=1e-4, atol=0)
     hellinger = (logits.softmax(-1).sqrt() - teacher.softmax(-1).sqrt()).square().sum(-1)
     assert_close(value(*pair, kind="alpha"), 2 * hellinger, rtol=1e-5, atol=1e-5)
+    tvd = value(*pair, kind="tvd")
+    assert_close(tvd, value(teacher, logits, kind="tvd"))
+    assert (tvd**2 <= value(*pair) / 2).all()  # Pinsker
+    assert_close(value(far[:1], far[1:], kind="tvd"), torch.ones(1, device=device))
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
@@ -315,6 +322,7 @@ def test_by_enumeration(impl):
         "reverse_kl": kl(p_s, p_t),
         "jsd": 0.25 * kl(p_t, mixed) + 0.75 * kl(p_s, mixed),
         "alpha": (1 - affinity) / 0.16,
+        "tvd": 0.4,
     }
     logits, teacher = (torch.tensor([p]).log() for p in (p_s, p_t))
     for kind, value in expected.items():
@@ -528,6 +536,40 @@ def test_parity_with_liger(beta):
     assert_close(exact.mean(), theirs.detach().double(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_top_k_is_trls_self_distillation(alpha, tail):
+    """SDPO's support: the student's top k, and the rest as one entry."""
+    sdpo = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    logits, teacher = (2 * torch.randn(6, 40, dtype=torch.float64) for _ in range(2))
+    settings = dict(distillation_topk=5, distillation_alpha=alpha, distillation_add_tail=tail)
+    theirs = lambda s, t: sdpo.compute_topk_self_distillation_loss(s, t, **settings)  # noqa: E731
+
+    def ours(student, teacher):
+        top = student.topk(5).indices
+        sides = (x.log_softmax(-1).gather(-1, top) for x in (student, teacher))
+        return topk_divergence(*sides, kind="jsd", beta=alpha, tail=tail)
+
+    for got, wanted in zip(
+        through_logits(ours, logits, teacher), through_logits(theirs, logits, teacher), strict=True
+    ):
+        assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="Liger's kernel does not run in Triton's interpreter")
+def test_tvd_is_ligers(device):
+    """Its kernel takes probabilities; the softmax's gradient is torch's."""
+    liger = pytest.importorskip("liger_kernel.transformers.tvd")
+    logits, teacher = (torch.randn(4, 33, device=device) for _ in range(2))
+    loss = liger.LigerTVDLoss(reduction="none")
+    theirs = lambda s, t: loss(s.softmax(-1), t.softmax(-1)).sum(-1)  # noqa: E731
+    expected, wanted = through_logits(theirs, logits, teacher)
+    value, grad = through_logits(token_divergence, logits, teacher, kind="tvd")
+    assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_runs_on_fake_tensors_and_under_compile():
     inputs, _ = make(4, 30, 6)
 
@@ -555,7 +597,7 @@ BAD = {
     "teacher_weight: wanted 9 at dimension 0.*they share": dict(teacher_weight=torch.zeros(8, 5)),
     r"^bias: wanted \[9\]": dict(bias=torch.zeros(8)),
     r"teacher_bias: wanted \[9\]": dict(teacher_bias=torch.zeros(8)),
-    "kind: wanted one of forward_kl, reverse_kl, jsd, alpha; got 'kl'": dict(kind="kl"),
+    "kind: wanted one of forward_kl, reverse_kl, jsd, alpha, tvd; got 'kl'": dict(kind="kl"),
     "beta: wanted a number in": dict(beta=1.5),
     "alpha: wanted a number in": dict(alpha=-0.1),
     "temperature: wanted a positive": dict(temperature=0.0),

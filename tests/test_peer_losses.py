@@ -185,6 +185,43 @@ def test_reference_free_losses_are_trls(name, label_smoothing):
     assert_same(name, theirs, ours(name, logps, mask, logps, **options).sum(), logps)
 
 
+@pytest.mark.parametrize("name, loss_type", [("tpo", "sigmoid"), ("tpo_l", "tpo-l")])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_three_completions(name, loss_type, smoothing):
+    """TRL averages the likelihood of the gold completions over the batch's tokens, so they are
+    given one length."""
+    tpo = pytest.importorskip("trl.experimental.tpo").TPOTrainer
+    (_, mask), vocab = token_logps(), 5
+    mask = torch.cat([mask, torch.ones(P, LONGEST, dtype=torch.bool)])
+    logits = torch.randn(3 * P, LONGEST + 1, vocab, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(vocab, (3 * P, LONGEST + 1))
+    stand_in = SimpleNamespace(
+        beta=0.3,
+        label_smoothing=smoothing,
+        loss_type=loss_type,
+        tpo_alpha=0.7,
+        tpo_l_gamma=0.5,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    ahead = torch.zeros(3 * P, 1, dtype=torch.bool)
+    batch = dict(input_ids=ids, attention_mask=ids, completion_mask=torch.cat([ahead, mask], 1))
+    model = lambda **_: SimpleNamespace(logits=logits)  # noqa: E731
+    theirs = tpo._compute_loss(stand_in, model, batch, return_outputs=False)
+
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask
+    chosen, rejected, gold = logp.sum(1).chunk(3)
+    lengths = mask.sum(1).chunk(3)
+    mine = preference_loss(
+        chosen, rejected, gold=gold, chosen_len=lengths[0], rejected_len=lengths[1],
+        gold_len=lengths[2], loss_type=name, beta=0.3, nll_coef=0.7, label_smoothing=smoothing,
+    )  # fmt: skip
+    assert_same(name, theirs, mine.loss.mean(), logits)
+
+
 def test_orpo_is_trls_with_its_sign():
     """TRL returns beta log sigmoid(...), computed in float32, and subtracts it from the NLL."""
     orpo = pytest.importorskip("trl.experimental.orpo").ORPOTrainer

@@ -213,6 +213,28 @@ def test_rloo():
     assert_same(theirs, ours(x, "rloo", **CLIP).mean(), x["logp"])
 
 
+@pytest.mark.parametrize("sampled", ["rollout", None])
+def test_importance_weighted_distillation(sampled):
+    peer = pytest.importorskip("trl.experimental.iw_opd").IWOPDTrainer
+    x, vocab = draw(), 5
+    logits = torch.randn(B, L, vocab, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(vocab, (B, L))
+    stand_in = SimpleNamespace(
+        temperature=0.8,
+        iw_opd_gamma=0.7,
+        iw_opd_epsilon=1e-8,
+        model=SimpleNamespace(training=True),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    rollout = None if sampled is None else x[sampled]
+    labels = tokens.masked_fill(~x["mask"], -100)
+    theirs = peer._compute_iw_opd_loss(stand_in, logits, tokens, labels, x["ref"], rollout)
+    logp = (logits / 0.8).log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
+    given = dict(teacher_logp=x["ref"], rollout_logp=rollout, loss_type="iw_opd", gamma=0.7)
+    mine = policy_loss(logp, None, None, x["mask"], **given)
+    assert_same(theirs, mine.mean(), logits)
+
+
 def liger_loss(x, loss_type: str, **settings):
     liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs Liger")
     loss, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(

@@ -60,10 +60,12 @@ CASES = [
     ("nft", dict(aggregation="token-mean", scale="mean"), [-0.8 * LN2, 0.8 * LN2, 0, 1.6 * LN2]),
     ("luffy", {}, [-1.2, -(E**-2) / (E**-2 + 0.1), 0, 4]),
     ("distill", {}, [-2, 0.5, 0, -8]),
+    ("iw_opd", dict(rollout_logp=[-1.0, 0, 0, -0.5]), [1.5, -8.25, 0, 1.5]),
+    ("iw_opd", dict(rollout_logp=[0.0, -3, 0, 1.5]), [0, 0, 0, 0]),
     ("dft", {}, [1 / E, 2 * E**-2, 0, 0.5 * E**-0.5]),
     ("sft", {}, [1, 2, 0, 0.5]),
 ]
-FREE_OF_ADVANTAGES = {"nft", "distill", "dft", "sft"}
+FREE_OF_ADVANTAGES = {"nft", "distill", "iw_opd", "dft", "sft"}
 
 
 def tensors(given, dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -203,6 +205,8 @@ def test_the_sign_on_policy(name):
     goal = given["advantages"]
     if name == "distill":
         goal = given["teacher_logp"] - given["logp"]
+    if name == "iw_opd":
+        goal = given["teacher_logp"] - given["rollout_logp"]
     if name in ("dft", "sft"):
         goal = torch.ones_like(goal)
     if name == "nft":

@@ -16,6 +16,7 @@ LENGTHS = dict(chosen_len=2.0, rejected_len=3.0)
 JUDGED = dict(margin=math.log(3), preference=0.75)
 SCORED = dict(prev_chosen=-2.5, prev_rejected=-5.5, chosen_kl=0.5, rejected_kl=1.5)
 SCORED |= dict(chosen_weight=-math.log(2), rejected_weight=0.0, explored=-4.0)
+SCORED |= dict(gold=-8.0, gold_len=4.0)
 SCORED |= dict(batch_margin=1.5, running_margin=0.5)
 EXTRA = LENGTHS | JUDGED | SCORED
 
@@ -82,6 +83,9 @@ CASES = [
     ("wpo", dict(beta=0.5), 0.5 * h(1)),
     ("tdpo1", dict(beta=0.5), h(0.5)),
     ("tdpo2", dict(beta=0.5, alpha=0.5), h(0.75)),
+    ("tpo", dict(beta=0.25, nll_coef=3.0), h(1) + 6),
+    ("tpo", dict(beta=0.25, nll_coef=0.0, label_smoothing=0.2), 0.8 * h(1) + 0.2 * h(-1)),
+    ("tpo_l", dict(beta=2.0, gamma=0.5, nll_coef=1.0), h(1.5) + 2),
     ("xpo", dict(beta=0.5, alpha=0.5), h(1) - 2),
     ("inpo", dict(eta=0.25, tau=0.125), 0.25),
     ("egpo", dict(beta=1.0), (2 - math.log(3)) ** 2),
@@ -121,7 +125,8 @@ def draw(p: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
         n = lengths["chosen_len" if "chosen" in name else "rejected_len"]
         logps[name] = -n * (1 + torch.rand(p, dtype=torch.float64) * 2 * scale)
     others = {name: torch.randn(p).double() for name in JUDGED | SCORED}
-    return logps | lengths | others | dict(preference=torch.rand(p).double())
+    others |= dict(preference=torch.rand(p), gold_len=torch.randint(2, 9, (p,)))
+    return {k: v.double() for k, v in (logps | lengths | others).items()}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -236,7 +241,7 @@ def test_aot_sorts_the_batch():
 
 def test_which_losses_use_a_reference():
     free = {name for name, loss in LOSSES.items() if "ref_chosen" not in inputs(loss)}
-    assert free == {"slic", "simpo", "alphapo", "cpo", "orpo", "cpl"}
+    assert free == {"slic", "simpo", "alphapo", "cpo", "orpo", "cpl", "tpo", "tpo_l"}
 
 
 def test_limits_and_identities():
@@ -251,6 +256,8 @@ def test_limits_and_identities():
     assert_close(loss("fdpo_alpha", alpha=1.0), loss("fdpo_forward_kl"))
     assert_close(loss("alphapo", alpha=1e-7), loss("simpo"), rtol=1e-5, atol=0)
     assert_close(loss("robust", label_smoothing=0.0), loss("sigmoid"))
+    assert_close(loss("tpo", beta=0.1, nll_coef=0.0), loss("cpo", nll_coef=0.0))
+    assert_close(loss("tpo_l", beta=2.0, gamma=1.0, nll_coef=0.0), loss("simpo", beta=2.0, gamma=1))
     given["preference"] = torch.ones(50).double()
     assert_close(loss("osp"), loss("sigmoid"))
     assert_close(loss("sppo", beta=0.3), loss("sppo_hard", beta=0.3))
