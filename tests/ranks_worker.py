@@ -106,7 +106,8 @@ class Losses(Report):
 def train(method: str, config, scorer, objective, ranks: Ranks, held_out=()) -> list[dict]:
     report = Losses(config, ranks)
     examples = examples_of(method)
-    loop.train(config, objective, scorer, examples, list(held_out), ranks, report)
+    schedule = Schedule(examples, config, ranks)
+    loop.train(config, objective, scorer, schedule, list(held_out), ranks, report, Meter(ranks))
     return report.seen
 
 

@@ -28,7 +28,8 @@ from prefuse.trainer.config import SFTConfig
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.model import export
-from prefuse.trainer.report import Report
+from prefuse.trainer.report import Meter, Report
+from prefuse.trainer.schedule import Schedule
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -191,7 +192,8 @@ def test_an_exported_model_gives_the_same_logits(tmp_path, tie):
         disable_tqdm=True,
     )
     report = Report(config, "sft", ALONE)
-    loop.train(config, objectives.sft(), scorer, ragged_pairs(), [], ALONE, report)
+    schedule = Schedule(ragged_pairs(), config, ALONE)
+    loop.train(config, objectives.sft(), scorer, schedule, [], ALONE, report, Meter(ALONE))
     tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "fresh"))
     export(model, checkpoint.full_state(scorer, ALONE), tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
@@ -343,8 +345,11 @@ def test_nothing_finite_leaves_weights_and_optimizer_as_they_were(tmp_path, what
 
     with pytest.raises(UserError, match="step 3: loss or gradient is not finite"):
         report = Report(config, "sft", ALONE)
-        spoilt = method._replace(objective=spoiled)
-        loop.train(config, spoilt, scorer, ragged_pairs(), [], ALONE, report)
+        spoilt, schedule = (
+            method._replace(objective=spoiled),
+            Schedule(ragged_pairs(), config, ALONE),
+        )
+        loop.train(config, spoilt, scorer, schedule, [], ALONE, report, Meter(ALONE))
     assert all(torch.equal(p, before[name]) for name, p in scorer.named_parameters())
 
 

@@ -33,6 +33,7 @@ class PackedBatch:
     score_cu_seqlens: Tensor  # [Q + 1] int32
     examples: Tensor  # [E] int64: the rows these sequences come from
     judged: Tensor  # [E, columns]: numbers of those rows, for losses that read them
+    columns: dict[str, Tensor]  # [M] each: numbers of the scored tokens; {} without examples
     prefix: PrefixTable
     n_tokens: int  # as the rows have them, before prefixes are shared
 
@@ -60,6 +61,7 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor) and f.name != "parent"
         }
+        moved["columns"] = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
         return replace(self, **moved, prefix=self.prefix.to(device))
 
 
@@ -108,6 +110,10 @@ def pack(examples: list[Example], share: bool = True) -> PackedBatch:
         ),
         examples=torch.tensor([e.index for e in examples], dtype=torch.int64),
         judged=torch.tensor([e.judged for e in examples], dtype=torch.float32),
+        columns={
+            name: torch.from_numpy(np.concatenate([e.columns[name] for e in examples]))
+            for name in (examples[0].columns if examples else ())
+        },
         prefix=prefix_table(cu_seqlens, parent),
         n_tokens=sum(e.n_tokens for e in examples),
     )

@@ -101,18 +101,18 @@ class TrainConfig:
     def __post_init__(self):
         for name in COUNTS:
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "a positive number", value)
+            require(value is None or value >= 1, name, "a positive number", value)
         for name in ("learning_rate", "warmup_steps", "max_grad_norm", "save_steps"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "a number from 0", value)
+            require(0 <= value < math.inf, name, "a number from 0", value)
         if self.max_steps <= 0:
             value = self.num_train_epochs
-            _require(0 < value < math.inf, "num_train_epochs", "a positive number", value)
-        _require(0 <= self.eval_fraction < 1, "eval_fraction", "[0, 1)", self.eval_fraction)
+            require(0 < value < math.inf, "num_train_epochs", "a positive number", value)
+        require(0 <= self.eval_fraction < 1, "eval_fraction", "[0, 1)", self.eval_fraction)
         longest = self.max_length
-        _require(longest is None or longest >= 2, "max_length", "2 or more", longest)
+        require(longest is None or longest >= 2, "max_length", "2 or more", longest)
         held_out = self.eval_dataset_name is not None or self.eval_fraction > 0
-        _require(
+        require(
             self.eval_strategy == "no" or held_out,
             "eval_strategy",
             "held-out rows: eval_dataset_name or eval_fraction",
@@ -168,10 +168,10 @@ class DPOConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         share = self.ref_model_mixup_alpha
-        _require(0 < share <= 1, "ref_model_mixup_alpha", "a number in (0, 1]", share)
+        require(0 < share <= 1, "ref_model_mixup_alpha", "a number in (0, 1]", share)
         steps = self.ref_model_sync_steps
-        _require(steps >= 1, "ref_model_sync_steps", "a positive number", steps)
-        _require(
+        require(steps >= 1, "ref_model_sync_steps", "a positive number", steps)
+        require(
             not (self.sync_ref_model and self.precompute_ref_log_probs),
             "sync_ref_model",
             "a reference that is kept",
@@ -179,7 +179,7 @@ class DPOConfig(TrainConfig):
         )
 
 
-def _require(holds: bool, flag: str, wanted: str, got: object) -> None:
+def require(holds: bool, flag: str, wanted: str, got: object) -> None:
     if not holds:
         raise UserError(f"--{flag}: wanted {wanted}; got {got}")
 

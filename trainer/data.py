@@ -7,8 +7,8 @@ Formats are TRL's: `text`, `messages`, `prompt` + `completion`, `prompt` + `chos
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Example:
     sequences: tuple[Sequence, ...]
     where: str = ""
     judged: tuple[float, ...] = ()  # numbers of the row that the loss reads
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # numbers of its scored tokens
 
     @property
     def n_tokens(self) -> int:
@@ -83,20 +84,20 @@ def pair_examples(
     for row in rows:
         for column in judged:
             _require_number(row, column)
-        _require_columns(row, ("chosen", "rejected"))
+        require_columns(row, ("chosen", "rejected"))
         kind = _completion_kind(row, "chosen")
         _require(row, "rejected", _completion_kind(row, "rejected"), kind, "as 'chosen' is")
-        if row.columns.get("prompt") is not None and _kind_of(row, "prompt") != "text":
+        if row.columns.get("prompt") is not None and kind_of(row, "prompt") != "text":
             _require(row, "chosen", kind, "messages", "as 'prompt' is")
-        first = _kind_of(rows[0], "chosen")
+        first = kind_of(rows[0], "chosen")
         _require(row, "chosen", kind, first, f"as in {rows[0].where}")
     ledger = Ledger(rows=len(rows))
     distinct = [row for row in rows if row.columns["chosen"] != row.columns["rejected"]]
     ledger.identical = len(rows) - len(distinct)
     parts = [_split_prompt(row.columns) for row in distinct]
-    prompts = _tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
-    chosen = _tokenize(tokenizer, [p + c for p, c, _ in parts], distinct)
-    rejected = _tokenize(tokenizer, [p + r for p, _, r in parts], distinct)
+    prompts = tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
+    chosen = tokenize(tokenizer, [p + c for p, c, _ in parts], distinct)
+    rejected = tokenize(tokenizer, [p + r for p, _, r in parts], distinct)
     examples = []
     for i, row in enumerate(distinct):
         is_text = isinstance(row.columns["chosen"], str)
@@ -157,11 +158,11 @@ def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
         whole = columns[column]
         if not whole:
             raise UserError(f"{row.where}: {column!r} is empty; fill or remove the row")
-        is_text = _kind_of(row, column) == "text"
+        is_text = kind_of(row, column) == "text"
         if assistant_only:
             tokens, scored = _assistant_mask(row, tokenizer)
         else:
-            tokens = np.asarray(_tokenize(tokenizer, [whole], [row])[0], dtype=np.int64)
+            tokens = np.asarray(tokenize(tokenizer, [whole], [row])[0], dtype=np.int64)
             scored = np.ones(len(tokens), dtype=bool)
         return tokens, scored, is_text
     if not {"prompt", "completion"} <= columns.keys():
@@ -169,12 +170,12 @@ def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
             f"{row.where}: wanted 'text', 'messages', or 'prompt' and 'completion'; got columns "
             f"{sorted(columns)}"
         )
-    _require_columns(row, ("prompt", "completion"))
+    require_columns(row, ("prompt", "completion"))
     kind = _completion_kind(row, "completion")
-    _require(row, "prompt", _kind_of(row, "prompt"), kind, "as 'completion' is")
+    _require(row, "prompt", kind_of(row, "prompt"), kind, "as 'completion' is")
     prompt, completion = columns["prompt"], columns["completion"]
-    tokens = np.asarray(_tokenize(tokenizer, [prompt + completion], [row])[0], dtype=np.int64)
-    alone = _tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0]
+    tokens = np.asarray(tokenize(tokenizer, [prompt + completion], [row])[0], dtype=np.int64)
+    alone = tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0]
     start = common_prefix(np.asarray(alone), tokens) if completion_only is not False else 0
     return tokens, np.arange(len(tokens)) >= start, kind == "text"
 
@@ -208,7 +209,7 @@ def _split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def _tokenize(tokenizer, texts: list, rows: list[Row], add_generation_prompt=False) -> list:
+def tokenize(tokenizer, texts: list, rows: list[Row], add_generation_prompt=False) -> list:
     """Token ids of strings or message lists, which come from `rows`."""
     if not texts:
         return []
@@ -277,7 +278,7 @@ def _some(examples: list[Example], ledger: Ledger) -> list[Example]:
     return examples
 
 
-def _require_columns(row: Row, wanted: Iterable[str]) -> None:
+def require_columns(row: Row, wanted: Iterable[str]) -> None:
     for column in wanted:
         if row.columns.get(column) is None:
             raise UserError(
@@ -302,7 +303,7 @@ def _require_number(row: Row, column: str) -> None:
         )
 
 
-def _kind_of(row: Row, column: str) -> str:
+def kind_of(row: Row, column: str) -> str:
     """Whether a column holds text or a conversation; nothing else can be tokenized."""
     value = row.columns[column]
     if isinstance(value, str):
@@ -316,7 +317,7 @@ def _kind_of(row: Row, column: str) -> str:
 
 
 def _completion_kind(row: Row, column: str) -> str:
-    kind, value = _kind_of(row, column), row.columns[column]
+    kind, value = kind_of(row, column), row.columns[column]
     if kind == "messages" and value:
         value = value[-1].get("content") or value[-1].get("tool_calls")
     if not value:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 
-from prefuse.kernels.preference import BATCHWISE, LOSSES, hyperparameters, inputs, preference_loss
-
+from . import loss_flags
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
-from .objectives import JUDGED, PROVIDED
+from .loss_flags import nearest
 
-CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+CONFIGS = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+}
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
 
 
@@ -28,7 +28,9 @@ def parse(config: type, argv: list[str]) -> Any:
     argv = _expand_config(argv, config)
     parser = _Parser(cast(Any, config), allow_abbrev=False, prog="prefuse")
     _widen_optional(parser, config)
-    losses = _add_hyperparameters(parser, config)
+    losses = loss_flags.losses_of(config)
+    if losses is not None:
+        loss_flags.add_flags(parser, losses)
     known = [o.removeprefix("--") for o in parser._option_string_actions if o.startswith("--")]
     for argument in argv:
         if argument.startswith("--"):
@@ -40,8 +42,8 @@ def parse(config: type, argv: list[str]) -> Any:
         raise UserError(f"{rest[0]}: wanted a --flag; got a bare word")
     chosen = {f.name: getattr(values, f.name) for f in fields(config) if f.init}
     result = config(**chosen)
-    if losses:
-        _take_hyperparameters(result, values)
+    if losses is not None:
+        loss_flags.take(result, losses, values)
     return result
 
 
@@ -87,61 +89,6 @@ def _or_none(kind):
     return convert
 
 
-def _add_hyperparameters(parser: argparse.ArgumentParser, config: type) -> bool:
-    """A flag for every hyperparameter of every loss the command may train."""
-    if not _has_hyperparameters(config):
-        return False
-    users: dict[str, dict[float, list[str]]] = {}
-    for loss_name, loss in LOSSES.items():
-        for name, default in hyperparameters(loss).items():
-            users.setdefault(name, {}).setdefault(default, []).append(loss_name)
-    for name, defaults in users.items():
-        told = (f"{value} for {', '.join(losses)}" for value, losses in defaults.items())
-        parser.add_argument(f"--{name}", type=float, help="Of the loss: " + "; ".join(told) + ".")
-    return True
-
-
-def _has_hyperparameters(config: type) -> bool:
-    return "hyperparameters" in {f.name for f in fields(config)}
-
-
-def _take_hyperparameters(config: Any, values: argparse.Namespace) -> None:
-    """The chosen loss's hyperparameters, defaults filled in; any other that was given is wrong."""
-    if config.loss_type not in LOSSES:
-        hint = nearest(config.loss_type, LOSSES)
-        raise UserError(
-            f"--loss_type: wanted one of {', '.join(LOSSES)}; got {config.loss_type}{hint}"
-        )
-    if config.loss_type in BATCHWISE:
-        raise UserError(
-            f"--loss_type {config.loss_type}: it compares the pairs of the whole batch, which this "
-            "command sees a part at a time; call prefuse.kernels.preference.preference_loss in a "
-            "loop of your own"
-        )
-    absent = set(inputs(LOSSES[config.loss_type])) - PROVIDED - set(JUDGED)
-    if absent:
-        raise UserError(
-            f"--loss_type {config.loss_type}: it reads {', '.join(sorted(absent))} of every pair, "
-            "which the rows of this command do not have; call "
-            "prefuse.kernels.preference.preference_loss in a loop of your own"
-        )
-    own = hyperparameters(LOSSES[config.loss_type])
-    every = {name for loss in LOSSES.values() for name in hyperparameters(loss)}
-    given = {n: getattr(values, n) for n in every if getattr(values, n) is not None}
-    for name in given:
-        if name not in own:
-            raise UserError(
-                f"--{name}: loss {config.loss_type!r} has no such hyperparameter; it takes "
-                f"{', '.join(own)}"
-            )
-    config.hyperparameters.update({**own, **given})
-    ones = dict.fromkeys(inputs(LOSSES[config.loss_type]), torch.ones(1))
-    try:
-        preference_loss(loss_type=config.loss_type, **ones, **config.hyperparameters)
-    except ValueError as error:  # the loss's own check, before the run and not inside it
-        raise UserError(f"--{error}") from None
-
-
 def _expand_config(argv: list[str], config: type) -> list[str]:
     """Replaces `--config FILE` by the file's keys as flags, ahead of the others."""
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
@@ -160,7 +107,8 @@ def from_file(rest: list[str]) -> tuple[str, list[str]]:
         raise UserError("train: wanted a YAML file first; got " + (rest[0] if rest else "nothing"))
     method = _read_yaml(rest[0]).get("method")
     if method not in CONFIGS:
-        raise UserError(f"{rest[0]}: wanted `method: sft` or `method: dpo`; got {method}")
+        wanted = " or ".join(f"`method: {name}`" for name in CONFIGS)
+        raise UserError(f"{rest[0]}: wanted {wanted}; got {method}")
     values = _read_yaml(rest[0], CONFIGS[method])
     return method, _flags_of(values, CONFIGS[method]) + rest[1:]
 
@@ -189,32 +137,18 @@ def _flags_of(values: dict[str, Any], config: type) -> list[str]:
     for key, value in values.items():
         if key in NOT_FLAGS or (value is None and not _is_optional(kinds.get(key))):
             continue
-        items = value if isinstance(value, list) else [value]
-        flags += [f"--{key}={item}" for item in items]
+        many = isinstance(value, list)
+        flags += [f"--{key}", *map(str, value)] if many else [f"--{key}={value}"]
     return flags
 
 
 def _check_keys(file: Path, values: dict[str, Any], config: type) -> None:
-    known = {f.name for f in fields(config) if f.init} | set(NOT_FLAGS)
-    if _has_hyperparameters(config):
-        known |= {name for loss in LOSSES.values() for name in hyperparameters(loss)}
+    known = {f.name for f in fields(config) if f.init} | set(NOT_FLAGS) | loss_flags.names(config)
     lines = file.read_text().splitlines()
     for key in values:
         if key not in known:
             line = next((i for i, text in enumerate(lines, 1) if text.startswith(f"{key}:")), 1)
             raise UserError(f"{file}:{line}: {key}: no such key{nearest(str(key), known)}")
-
-
-def nearest(name: str, known, prefix: str = "") -> str:
-    """ "; did you mean ...?", by the whole name or by its beginning."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
-        beginning = difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
-        return max(whole, 0.95 * beginning)
-
-    best = max(known, key=likeness, default="")
-    return f"; did you mean {prefix}{best}?" if best and likeness(best) >= 0.6 else ""
 
 
 def _underscored(argument: str) -> str:

@@ -28,23 +28,23 @@ def train(
     config,
     method: Method,
     scorer: Scorer,
-    examples: list[Example],
+    schedule: Schedule,
     held_out: list[Example],
     ranks: Ranks,
     report: Report,
+    meter: Meter,
 ) -> None:
     """Trains `scorer` in place: batch -> scores -> objective -> step, with logs and checkpoints."""
-    schedule = Schedule(examples, config, ranks)
     optimizer = make_optimizer(scorer, config)
     learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
     start = resume(config, method, scorer, optimizer, learning_rate, report)
-    meter = Meter(ranks)
     scorer.train()
 
     if config.eval_on_start and not start:
         report.metrics(0, evaluate(config, method, scorer, held_out, ranks))
         meter.clear()
 
+    stop = due = False
     with report.progress(config.disable_tqdm) as progress, interruptible() as interrupted:
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
         for step in range(start, schedule.total_steps):
@@ -71,8 +71,10 @@ def train(
                 values = evaluate(config, method, scorer, held_out, ranks)
                 report.metrics(done, values)
                 meter.started += values["eval_runtime"]
-            stop = ranks.any(interrupted())
-            if stop or (config.save_steps and done % config.save_steps == 0):
+            stop = stop or ranks.any(interrupted())
+            due = due or stop or bool(config.save_steps and done % config.save_steps == 0)
+            if due and schedule.resumable(done):
+                due = False
                 saved = checkpoint.save(
                     Path(config.output_dir),
                     ranks,

@@ -19,9 +19,9 @@ from .errors import UserError
 from .loop import autocast, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
-from .report import Report, claim_folder
+from .report import Meter, Report, claim_folder
 from .rows import Row, load_rows
-from .schedule import share_out
+from .schedule import Schedule, share_out
 from .scores import Scorer, probe
 
 
@@ -64,7 +64,7 @@ def run_dpo(config: DPOConfig) -> None:
 
 def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     ranks = start()
-    config = _resolve(config, ranks)
+    config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     train_rows, eval_rows = _rows(config)
@@ -84,9 +84,10 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
         for line in ledger.lines():
             report.say(f"{data}: {line}")
     method = make_method(config, scorer, examples + held_out, ranks, report)
-    _prepare(config, scorer)
+    prepare(config, scorer)
     scorer = shard(scorer, ranks)
-    train(config, method, scorer, examples, held_out, ranks, report)
+    schedule = Schedule(examples, config, ranks)
+    train(config, method, scorer, schedule, held_out, ranks, report, Meter(ranks))
     state = checkpoint.full_state(scorer, ranks)
     if ranks.is_main:
         export(scorer.model, state, tokenizer, Path(config.output_dir))
@@ -94,7 +95,7 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     ranks.barrier()
 
 
-def _resolve(config, ranks: Ranks):
+def resolve(config, ranks: Ranks):
     """Settings that depend on the machine."""
     if config.bf16 is None:
         on_gpu = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -118,7 +119,7 @@ def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in order[:held]]
 
 
-def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
+def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks, temperature: float = 1.0):
     """The model ready to score, after the probe; and what the user should know of its layout."""
     dtype = getattr(torch, config.dtype)
     budget = None if config.head_budget_mb is None else config.head_budget_mb << 20
@@ -135,12 +136,12 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks):
         model = load_model(
             name, dtype=dtype, layout="padded", trust_remote_code=config.trust_remote_code
         )
-    scorer = Scorer(model, config.layout, budget).to(ranks.device).eval()
+    scorer = Scorer(model, config.layout, budget, temperature).to(ranks.device).eval()
     probe(scorer, ranks.device, tolerance=1e-3 if dtype == torch.float32 else 0.2)
     return config, scorer, note
 
 
-def _prepare(config, scorer: Scorer) -> None:
+def prepare(config, scorer: Scorer) -> None:
     """Memory and speed options of the model that is trained."""
     if config.gradient_checkpointing:
         model: Any = scorer.model  # transformers 5.23 renamed it and warns of the old name

@@ -23,6 +23,8 @@ from .errors import UserError
 
 SHOWN = (
     "loss",
+    "reward",
+    "kl",
     "rewards/accuracies",
     "rewards/margins",
     "mean_token_accuracy",

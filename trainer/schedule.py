@@ -38,6 +38,10 @@ class Schedule:
                 f"{self.max_tokens}. Raise it, or lower --max_length"
             )
 
+    def resumable(self, done: int) -> bool:
+        """Whether a run may continue after `done` steps: here, after any."""
+        return True
+
     def step(self, step: int) -> list[list[Example]]:
         """This rank's micro-batches of optimizer step `step`; every rank has as many."""
         epoch, place = divmod(step, self.steps_per_epoch)

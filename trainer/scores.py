@@ -19,12 +19,17 @@ class Scorer(nn.Module):
     gathered, and its gradient reduced, by FSDP's own hooks around `forward`."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: str = "shared", head_budget: int | None = None
+        self,
+        model: PreTrainedModel,
+        layout: str = "shared",
+        head_budget: int | None = None,
+        temperature: float = 1.0,
     ):
         super().__init__()
         self.model: PreTrainedModel = model
         self.layout = layout
         self.head_budget = head_budget
+        self.temperature = temperature
         self.options = head_options(model)
 
     def plan(self, device: torch.device) -> str:
@@ -48,6 +53,7 @@ class Scorer(nn.Module):
             self.options._asdict(),
             bias=head.bias,
             outputs=outputs,
+            temperature=self.temperature,
             budget_bytes=self.head_budget,
         )
         if token_loss is None:
@@ -146,4 +152,4 @@ def _own_logits(scorer: Scorer, tokens: Tensor) -> Tensor:
             [0, len(tokens)], dtype=torch.int32, device=tokens.device
         )
     out = scorer.model(input_ids=tokens[None], use_cache=False, **kwargs)
-    return out.logits[0].float()
+    return out.logits[0].float() / scorer.temperature

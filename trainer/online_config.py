@@ -1,0 +1,131 @@
+"""One frozen dataclass per online command; the loss's and the estimator's own numbers are flags
+read off their signatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .config import TrainConfig, flag, require
+
+
+@dataclass(frozen=True)
+class OnlineConfig(TrainConfig):
+    """Reinforcement learning on `prompt` rows, from rewards of sampled completions.
+
+    Batches are counted in completions: an optimizer step sees per_device_train_batch_size x
+    gradient_accumulation_steps x ranks of them.
+    """
+
+    learning_rate: float = flag(default=1e-6, help="Peak learning rate.")
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rewards: built-in names, package.module.function or file.py:function."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward; all 1 if unset."}
+    )
+    reward_failure: Literal["stop", "skip", "zero"] = flag(
+        default="stop", help="What a reward that raises, hangs or is no number leads to."
+    )
+    reward_timeout: float = flag(default=60.0, help="Seconds for a call of a reward.")
+
+    num_generations: int = flag(default=8, help="Completions of a prompt.")
+    max_prompt_length: int | None = flag(
+        default=512, help="Longest prompt in tokens; longer ones are skipped and counted."
+    )
+    max_completion_length: int = flag(default=256, help="Longest completion in tokens.")
+    temperature: float = flag(default=1.0, help="Of sampling, and of every log-prob.")
+    top_p: float = flag(default=1.0, help="Sample from the smallest set with this probability.")
+    top_k: int = flag(default=0, help="Sample from so many tokens; 0 for all.")
+    min_p: float = flag(default=0.0, help="Sample from tokens this likely beside the likeliest.")
+    engine: Literal["transformers", "generate", "vllm", "openai"] = flag(
+        default="transformers", help="What samples: continuous batching, or one of the others."
+    )
+
+    loss_type: str = flag(default="dapo", help="Which policy loss; see `prefuse methods`.")
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+    advantage: str = flag(default="grpo", help="Which advantage estimator; see `prefuse methods`.")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        default="group", help="Whose standard deviation the grpo estimator divides by."
+    )
+    beta: float = flag(default=0.0, help="Coefficient of the KL to the reference model.")
+    kl: Literal["k1", "k2", "k3", "ratio_k3"] = flag(
+        default="k3", help="Its estimator, where the KL is in the loss."
+    )
+    kl_in_reward: bool = flag(
+        default=False, help="Take the KL off the reward instead of adding it to the loss."
+    )
+    entropy_coef: float = flag(default=0.0, help="Of an entropy bonus.")
+    num_iterations: int = flag(default=1, help="Passes over the completions sampled together.")
+    num_mini_batches: int = flag(
+        default=1, help="Optimizer steps of a pass, so many steps' completions sampled together."
+    )
+    mask_truncated_completions: bool = flag(
+        default=False, help="Do not train on completions cut at max_completion_length."
+    )
+    filter_zero_std: bool = flag(
+        default=False, help="Do not train on groups whose rewards are all equal (DAPO)."
+    )
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = flag(default="none", help="Weigh by pi_old / pi_rollout, as the engine reported it.")
+    importance_sampling_clip_max: float = flag(default=2.0, help="The most that weight may be.")
+    ref_model_name_or_path: str | None = flag(
+        default=None, help="The reference model. Unset: the model as it is before training."
+    )
+    log_completions: int = flag(default=4, help="Completions written to samples.jsonl a log line.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_generations", "max_completion_length", "num_iterations"):
+            require(getattr(self, name) >= 1, name, "a positive number", getattr(self, name))
+        wanted = "a reward: a built-in name, package.module.function or file.py:function"
+        require(bool(self.reward_funcs), "reward_funcs", wanted, "none")
+        require(self.num_mini_batches >= 1, "num_mini_batches", "1 or more", self.num_mini_batches)
+        require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        weights = self.reward_weights
+        wanted = f"a number for each of the {len(self.reward_funcs)} rewards"
+        fits = weights is None or len(weights) == len(self.reward_funcs)
+        require(fits, "reward_weights", wanted, weights)
+        completions = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        require(
+            completions * self.num_mini_batches % self.num_generations == 0,
+            "per_device_train_batch_size",
+            "with gradient_accumulation_steps and num_mini_batches, a multiple of num_generations "
+            f"({self.num_generations}) completions",
+            completions * self.num_mini_batches,
+        )
+
+
+@dataclass(frozen=True)
+class GRPOConfig(OnlineConfig):
+    """GRPO and its kin: advantages from groups of completions, a clipped ratio."""
+
+
+@dataclass(frozen=True)
+class RLOOConfig(OnlineConfig):
+    """RLOO: leave-one-out advantages of whole sequences, the KL in the reward."""
+
+    loss_type: str = flag(default="rloo", help="Which policy loss; see `prefuse methods`.")
+    advantage: str = flag(default="rloo", help="Which advantage estimator; see `prefuse methods`.")
+    num_generations: int = flag(default=2, help="Completions of a prompt.")
+    beta: float = flag(default=0.05, help="Coefficient of the KL to the reference model.")
+    kl_in_reward: bool = flag(
+        default=True, help="Take the KL off the reward instead of adding it to the loss."
+    )
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(OnlineConfig):
+    """REINFORCE and REINFORCE++: no clip and no group needed, the KL in the reward."""
+
+    loss_type: str = flag(default="ppo", help="Which policy loss; see `prefuse methods`.")
+    advantage: str = flag(
+        default="reinforce_plus_plus", help="Which advantage estimator; see `prefuse methods`."
+    )
+    num_generations: int = flag(default=1, help="Completions of a prompt.")
+    beta: float = flag(default=0.01, help="Coefficient of the KL to the reference model.")
+    kl_in_reward: bool = flag(
+        default=True, help="Take the KL off the reward instead of adding it to the loss."
+    )

@@ -1,0 +1,64 @@
+"""`prompt` rows -> tokens to sample from, with the columns that rewards read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .data import kind_of, require_columns, tokenize
+from .errors import UserError
+from .rows import Row
+
+
+class Prompt(NamedTuple):
+    """A row: its tokens, what a reward is given as its prompt, and its other columns."""
+
+    index: int
+    tokens: np.ndarray  # [L] int64
+    prompt: Any  # text, or a list of messages
+    columns: dict[str, Any]
+    where: str
+
+
+@dataclass
+class PromptLedger:
+    """What became of the rows."""
+
+    rows: int = 0
+    kept: int = 0
+    too_long: int = 0
+    tokens: int = 0
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.kept} of {self.rows} prompts kept, {self.tokens} tokens"
+        yield f"{self.too_long} skipped: longer than max_prompt_length"
+
+
+def load_prompts(
+    rows: list[Row], tokenizer, max_length: int | None
+) -> tuple[list[Prompt], PromptLedger]:
+    """`prompt` rows, text or conversations; a conversation ends with the generation prompt."""
+    ledger = PromptLedger(rows=len(rows))
+    prompts: list[Prompt] = []
+    for row in rows:
+        require_columns(row, ("prompt",))
+        if not row.columns["prompt"]:
+            raise UserError(f"{row.where}: 'prompt' is empty; fill or remove the row")
+        kind_of(row, "prompt")
+        prompt = row.columns["prompt"]
+        tokens = np.asarray(
+            tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0], dtype=np.int64
+        )
+        if max_length is not None and len(tokens) > max_length:
+            ledger.too_long += 1
+            continue
+        others = {k: v for k, v in row.columns.items() if k != "prompt"}
+        prompts.append(Prompt(len(prompts), tokens, prompt, others, row.where))
+        ledger.kept += 1
+        ledger.tokens += len(tokens)
+    if not prompts:
+        raise UserError("no prompt is left to sample from: " + "; ".join(ledger.lines()))
+    return prompts, ledger
