@@ -68,6 +68,16 @@ PYBIND11_MODULE(_C, m) {
       },
       unlocked);
   m.def(
+      "segment_spread_cpu",
+      [](Address x, Address cu_seqlens, int64_t n, Address out, bool is_double, int threads) {
+        const auto* bounds = at<const int32_t>(cu_seqlens);
+        if (is_double)
+          prefuse::segment_spread_cpu(at<const double>(x), bounds, n, at<double>(out), threads);
+        else
+          prefuse::segment_spread_cpu(at<const float>(x), bounds, n, at<float>(out), threads);
+      },
+      unlocked);
+  m.def(
       "pack_cpu",
       [](Address lengths, int64_t items, int64_t capacity, Address bin_of) {
         return prefuse::pack_cpu(at<const int64_t>(lengths), items, capacity, at<int64_t>(bin_of));

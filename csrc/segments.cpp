@@ -25,6 +25,17 @@ void segment_sum_cpu(const T* x, const int32_t* cu_seqlens, int64_t segments, T*
   }
 }
 
+template <typename T>
+void segment_spread_cpu(const T* x, const int32_t* cu_seqlens, int64_t segments, T* out,
+                        int threads) {
+  threads = static_cast<int>(
+      std::min({int64_t{threads}, segments, 1 + cu_seqlens[segments] / int64_t{65536}}));
+#pragma omp parallel for schedule(guided) num_threads(threads)
+  for (int64_t s = 0; s < segments; ++s) std::fill(out + cu_seqlens[s], out + cu_seqlens[s + 1], x[s]);
+}
+
+template void segment_spread_cpu(const float*, const int32_t*, int64_t, float*, int);
+template void segment_spread_cpu(const double*, const int32_t*, int64_t, double*, int);
 template void segment_sum_cpu(const float*, const int32_t*, int64_t, float*, int);
 template void segment_sum_cpu(const double*, const int32_t*, int64_t, double*, int);
 

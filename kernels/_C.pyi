@@ -4,6 +4,9 @@ has_cuda: bool
 def segment_sum_cpu(
     x: int, cu_seqlens: int, segments: int, sums: int, is_double: bool, threads: int
 ) -> None: ...
+def segment_spread_cpu(
+    x: int, cu_seqlens: int, segments: int, out: int, is_double: bool, threads: int
+) -> None: ...
 def pack_cpu(lengths: int, items: int, capacity: int, bin_of: int) -> int: ...
 
 class PolicyArguments:

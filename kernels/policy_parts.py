@@ -42,19 +42,20 @@ class Actions(Inputs):
         return x if mask is None else torch.where(mask, x, 0.0)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over each token's sequence or step, at every token of it."""
+        """The sum of x, which is `kept`, over each token's sequence or step, at every token."""
         return self._spread(self._total(x), len(x))
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of x over the unmasked tokens of each token's sequence or step."""
+        """The mean of x, which is `kept`, over the unmasked tokens of a sequence or step."""
         count = self._bounds().diff()
-        if self.optional("mask") is not None:
-            count = self._total(torch.ones_like(x))
+        mask = self.optional("mask")
+        if mask is not None:
+            count = self._total(mask.to(x.dtype))
         return self._spread(self._total(x) / count.clamp(min=1), len(x))
 
     def before(self, x: Tensor) -> Tensor:
-        """The sum of x over the tokens before each one in its sequence or step."""
-        running = F.pad(self.kept(x).double().cumsum(0), (1, 0))
+        """The sum of x, which is `kept`, over the tokens before each one in its sequence."""
+        running = F.pad(x.double().cumsum(0), (1, 0))
         bounds = self._bounds()
         starts = running[bounds[:-1].long()]
         spread = segment_spread(starts, bounds, len(x), impl=self.impl)
@@ -65,7 +66,7 @@ class Actions(Inputs):
         return self.need("cu_seqlens") if steps is None else steps
 
     def _total(self, x: Tensor) -> Tensor:
-        return segment_sum(self.kept(x), self._bounds(), impl=self.impl)
+        return segment_sum(x, self._bounds(), impl=self.impl)
 
     def _spread(self, totals: Tensor, tokens: int) -> Tensor:
         return segment_spread(totals, self._bounds(), tokens, impl=self.impl)

@@ -48,11 +48,40 @@ def _launch_triton(x: torch.Tensor, cu_seqlens: torch.Tensor, sums: torch.Tensor
         _segment_sum_kernel[(len(sums),)](x, cu_seqlens, sums, BLOCK=1024)
 
 
+@triton.jit
+def _segment_spread_kernel(x, cu_seqlens, out, BLOCK: tl.constexpr):
+    segment = tl.program_id(0)
+    begin = tl.load(cu_seqlens + segment)
+    end = tl.load(cu_seqlens + segment + 1)
+    value = tl.full([BLOCK], 0.0, x.dtype.element_ty) + tl.load(x + segment)
+    for first in range(begin, end, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        tl.store(out + item, value, mask=item < end)
+
+
+def _repeated(x: torch.Tensor, cu_seqlens: torch.Tensor, total: int, impl: str) -> torch.Tensor:
+    """x[s] at every item of segment s."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return torch.repeat_interleave(x, cu_seqlens.diff(), output_size=total)
+    out = x.new_empty(total)
+    if not total:
+        return out
+    x = x.contiguous()
+    if impl == "cpu":
+        wide, threads = x.dtype == torch.float64, torch.get_num_threads()
+        addresses = x.data_ptr(), cu_seqlens.data_ptr(), len(x), out.data_ptr()
+        _C.segment_spread_cpu(*addresses, wide, threads)
+    else:
+        with device_guard(x):
+            _segment_spread_kernel[(len(x),)](x, cu_seqlens, out, BLOCK=1024)
+    return out
+
+
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cu_seqlens, impl):
         ctx.save_for_backward(cu_seqlens)
-        ctx.items = len(x)
+        ctx.items, ctx.impl = len(x), impl
         sums = x.new_empty(len(cu_seqlens) - 1)
         if len(sums):
             (_launch_cpu if impl == "cpu" else _launch_triton)(x, cu_seqlens, sums)
@@ -61,8 +90,7 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (cu_seqlens,) = ctx.saved_tensors
-        lengths = cu_seqlens.diff()
-        return torch.repeat_interleave(grads[0], lengths, output_size=ctx.items), None, None
+        return segment_spread(grads[0], cu_seqlens, ctx.items, impl=ctx.impl), None, None
 
 
 def segment_sum(x: torch.Tensor, cu_seqlens: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -92,7 +120,7 @@ class _Spread(torch.autograd.Function):
     def forward(ctx, x, cu_seqlens, total, impl):
         ctx.save_for_backward(cu_seqlens)
         ctx.impl = impl
-        return torch.repeat_interleave(x, cu_seqlens.diff(), output_size=total)
+        return _repeated(x, cu_seqlens, total, impl)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -103,9 +131,12 @@ def segment_spread(
     x: torch.Tensor, cu_seqlens: torch.Tensor, total: int, *, impl: str = "auto"
 ) -> torch.Tensor:
     """x [S] repeated over the items of each segment, [total]; its gradient is a segment_sum."""
+    check_boundaries("cu_seqlens", cu_seqlens, total, x.device)
+    got, segments = tuple(x.shape), len(cu_seqlens) - 1
+    expect(got == (segments,), "x", f"shape ({segments},), a number a segment", got)
     if _choose(impl, x) == "reference":
         return x[segment_ids(cu_seqlens, total)]
-    return _Spread.apply(x, cu_seqlens, total, impl)
+    return _Spread.apply(x, cu_seqlens.contiguous(), total, _choose(impl, x))
 
 
 def segment_max(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -182,5 +213,11 @@ AOT = [
         {"x": "*fp32", "cu_seqlens": "*i32", "sums": "*fp32", "BLOCK": "constexpr"},
         {"BLOCK": 1024},
         4,
-    )
+    ),
+    (
+        _segment_spread_kernel,
+        {"x": "*fp32", "cu_seqlens": "*i32", "out": "*fp32", "BLOCK": "constexpr"},
+        {"BLOCK": 1024},
+        4,
+    ),
 ]

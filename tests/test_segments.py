@@ -9,6 +9,7 @@ from prefuse.kernels.segments import (
     segment_logsumexp,
     segment_max,
     segment_mean,
+    segment_spread,
     segment_sum,
 )
 
@@ -149,3 +150,21 @@ def test_threads_do_not_change_the_bits():
 def test_errors_say_what_was_wanted(x, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):  # on a CPU, where the values are checked
         segment_sum(x, torch.tensor(cu_seqlens, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_spread_repeats_and_its_gradient_is_a_sum(impl, dtype):
+    x = torch.randn(len(RAGGED), device=DEVICE).to(dtype)
+    lengths, total = torch.tensor(RAGGED, device=DEVICE), sum(RAGGED)
+    got = segment_spread(x, boundaries(RAGGED), total, impl=impl)
+    assert got.dtype == dtype and torch.equal(got, x.repeat_interleave(lengths))
+    if dtype == torch.float64:
+        few = x[:3].clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x: segment_spread(x, boundaries([2, 0, 3]), 5, impl=impl), few
+        )
+    with pytest.raises(ValueError, match="x: wanted shape"):
+        segment_spread(x[1:], boundaries(RAGGED), total, impl=impl)
+    with pytest.raises(ValueError, match="cu_seqlens: wanted boundaries"):
+        segment_spread(x, boundaries(RAGGED), total - 1, impl=impl)
