@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from tiny import WORDS, tiny_tokenizer, write_rows
 
+from prefuse.kernels.preference import LOSSES, hyperparameters
 from prefuse.trainer.data import common_prefix, pair_examples, sft_examples
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.objectives import learns_from_identical
 from prefuse.trainer.rows import FILE_KINDS, Row, load_rows
 
 EOS = "</s>"
@@ -39,9 +41,9 @@ def sft(row: dict, max_length: int | None = None, tokenizer=None, **options):
     return told(examples[0].sequences[0]), ledger
 
 
-def pairs(rows: list[dict], max_length: int | None = None):
+def pairs(rows: list[dict], max_length: int | None = None, **options):
     given = [Row(row, f"rows:{i}") for i, row in enumerate(rows, 1)]
-    examples, ledger = pair_examples(given, tiny_tokenizer(), max_length)
+    examples, ledger = pair_examples(given, tiny_tokenizer(), max_length, **options)
     return [tuple(told(s) for s in e.sequences) for e in examples], ledger
 
 
@@ -121,6 +123,15 @@ def test_pair_formats(row, wanted):
     (got,), ledger = pairs([row])
     assert got == tuple((ids(whole), ids(scored)) for whole, scored in wanted)
     assert (ledger.kept, ledger.without_eos, ledger.truncated) == (1, 0, 0)
+
+
+def test_identical_pairs_stay_where_a_loss_learns_from_them():
+    rows = [{"prompt": "w1", "chosen": " w3", "rejected": c} for c in (" w3", " w4")]
+    assert len(pairs(rows)[0]) == 1
+    got, ledger = pairs(rows, identical=True)
+    assert len(got) == 2 and got[0][0] == got[0][1] and ledger.identical == 0
+    for name, learns in [("sigmoid", False), ("cpo", True), ("mmpo", False), ("dpop", True)]:
+        assert learns_from_identical(name, hyperparameters(LOSSES[name])) == learns
 
 
 def test_the_ledger_counts_what_became_of_pairs():

@@ -71,15 +71,19 @@ class Ledger:
 
 
 def pair_examples(
-    rows: list[Row], tokenizer, max_length: int | None, judged: Iterable[str] = ()
+    rows: list[Row],
+    tokenizer,
+    max_length: int | None,
+    judged: Iterable[str] = (),
+    identical: bool = False,
 ) -> tuple[list, Ledger]:
     """`chosen` + `rejected` rows, with or without `prompt` -> Examples of (chosen, rejected).
 
     As in TRL: an implicit prompt is the common prefix of the two; EOS is appended to completions
     that are text; the completion begins where the tokens of prompt and prompt + completion part;
     a row longer than max_length keeps its start, and is skipped if only its prompt is left.
-    Identical pairs state no preference and are skipped. `judged` are the columns with numbers that
-    the loss reads, a margin or a preference.
+    `judged` are the columns with numbers that the loss reads, a margin or a preference. Identical
+    pairs state no preference and are skipped, unless `identical`: the loss learns from them.
     """
     for row in rows:
         for column in judged:
@@ -92,7 +96,8 @@ def pair_examples(
         first = kind_of(rows[0], "chosen")
         _require(row, "chosen", kind, first, f"as in {rows[0].where}")
     ledger = Ledger(rows=len(rows))
-    distinct = [row for row in rows if row.columns["chosen"] != row.columns["rejected"]]
+    differ = lambda row: row.columns["chosen"] != row.columns["rejected"]  # noqa: E731
+    distinct = [row for row in rows if identical or differ(row)]
     ledger.identical = len(rows) - len(distinct)
     parts = [_split_prompt(row.columns) for row in distinct]
     prompts = tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
@@ -110,7 +115,7 @@ def pair_examples(
         if min(len(ids) for ids in cut) <= max(start, 1):
             ledger.prompt_fills_max_length += 1
             continue
-        if np.array_equal(cut[0], cut[1]):
+        if np.array_equal(cut[0], cut[1]) and not identical:
             ledger.identical += 1
             continue
         ledger.truncated += any(len(ids) > len(kept) for ids, kept in zip(pair, cut, strict=True))

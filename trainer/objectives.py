@@ -68,6 +68,18 @@ def judged_columns(loss_type: str) -> tuple[str, ...]:
     return tuple(name for name in JUDGED if name in needed)
 
 
+def learns_from_identical(loss_type: str, hyperparameters: dict[str, Any]) -> bool:
+    """Whether a pair of equal completions has a gradient: by a likelihood term, say."""
+    two = torch.ones(2, dtype=torch.float64)
+    reference = torch.tensor([-2.5, -1.5], dtype=torch.float64)  # below and above the policy's
+    given = dict(ref_chosen=reference, ref_rejected=reference, margin=two, preference=0.75 * two)
+    given |= dict(chosen_len=2 * two, rejected_len=2 * two)
+    others = {k: given[k] for k in inputs(LOSSES[loss_type]) if k in given}
+    logp = (-2 * two).requires_grad_()
+    loss = preference_loss(logp, logp, loss_type=loss_type, **others, **hyperparameters).loss
+    return bool((torch.autograd.grad(loss.sum(), logp)[0].abs() > 1e-12).any())
+
+
 def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, Any]) -> Method:
     """A preference loss on pairs packed as chosen, rejected, chosen, rejected, ..."""
     columns = judged_columns(loss_type)

@@ -45,7 +45,8 @@ def run_dpo(config: DPOConfig) -> None:
 
     def tokenize(rows, tokenizer):
         judged = objectives.judged_columns(config.loss_type)
-        return pair_examples(rows, tokenizer, config.max_length, judged)
+        identical = objectives.learns_from_identical(config.loss_type, config.hyperparameters)
+        return pair_examples(rows, tokenizer, config.max_length, judged, identical)
 
     def method(config: DPOConfig, scorer, examples, ranks, report) -> Method:
         if "ref_chosen" not in inputs(LOSSES[config.loss_type]):

@@ -80,6 +80,10 @@ class OnlineConfig(TrainConfig):
         super().__post_init__()
         for name in ("num_generations", "max_completion_length", "num_iterations"):
             require(getattr(self, name) >= 1, name, "a positive number", getattr(self, name))
+        for name in ("eval_strategy", "eval_on_start", "max_tokens_per_micro_batch"):
+            value = getattr(self, name)
+            offline = "a command that trains on given rows"
+            require(value in ("no", False, None), name, offline, f"{value} for an online one")
         wanted = "a reward: a built-in name, package.module.function or file.py:function"
         require(bool(self.reward_funcs), "reward_funcs", wanted, "none")
         require(self.num_mini_batches >= 1, "num_mini_batches", "1 or more", self.num_mini_batches)
