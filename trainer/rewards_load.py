@@ -1,0 +1,184 @@
+"""Functions that reward completions: found by name, by path or in a file; what they read."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .loss_flags import nearest
+from .rewards_math import gsm8k
+from .rewards_text import format, length, repetition, soft_overlong
+
+BUILTINS: dict[str, Callable] = {
+    "gsm8k": gsm8k,
+    "format": format,
+    "length": length,
+    "soft_overlong": soft_overlong,
+    "repetition": repetition,
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A function and what it reads."""
+
+    name: str
+    function: Callable
+    reads: frozenset[str]  # the parameters it names
+    needs: tuple[str, ...]  # those without a default
+    takes_all: bool  # whether it has **kwargs
+    is_async: bool
+    version: str  # changes when its source or options do
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What of `given` to call it with."""
+        for name in self.needs:
+            if name not in given:
+                raise UserError(
+                    f"{self.name}: wanted a column {name!r}, which the reward reads; the rows have "
+                    f"{sorted(given)}{nearest(name, given)}"
+                )
+        return given if self.takes_all else {k: v for k, v in given.items() if k in self.reads}
+
+
+def load(spec: str | Callable) -> Reward:
+    """A Reward from a function, a built-in's name, package.module.name or file.py:function.
+
+    After a `?` come options of the function: "soft_overlong?max_length=512&cache=128".
+    """
+    if not isinstance(spec, str):
+        return describe(spec, getattr(spec, "__name__", type(spec).__name__), {})
+    path, _, query = spec.partition("?")
+    options = _options(spec, query)
+    if path in BUILTINS:
+        return describe(BUILTINS[path], path, options)
+    if ".py:" in path:
+        return describe(_from_file(path), path.rpartition(":")[2], options)
+    return describe(_from_module(path), path.rpartition(".")[2], options)
+
+
+def describe(function: Callable, name: str, options: dict[str, Any]) -> Reward:
+    """Reads the signature. Options are bound to it, and so are no columns."""
+    if not callable(function) or inspect.isclass(function):
+        kind = "a class" if inspect.isclass(function) else f"{type(function).__name__}"
+        raise UserError(f"{name}: wanted a function (prompts, completions, ...); got {kind}")
+    function, bound = _unwrap(function)
+    if isinstance(getattr(function, "__name__", None), str) and name == "partial":
+        name = function.__name__
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: its signature cannot be read; wrap it in a function") from None
+    named = {
+        n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    every = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters.values()) or not (named or every):
+        raise UserError(
+            f"{name}: wanted parameters that can be given by name, as in f(prompts, completions, "
+            f"**kwargs); got {name}{inspect.signature(function)}"
+        )
+    for option in options:
+        if option not in named:
+            raise UserError(f"{name}: no such option {option!r}{nearest(option, named)}")
+    options = {**bound, **options}
+    free = {n: p for n, p in named.items() if n not in options}
+    call = functools.partial(function, **options) if options else function
+    return Reward(
+        name=name,
+        function=call,
+        reads=frozenset(free),
+        needs=tuple(n for n, p in free.items() if p.default is p.empty),
+        takes_all=bool(every) and not every[0].startswith("_"),
+        is_async=_is_async(function),
+        version=_version(function, options),
+    )
+
+
+def _unwrap(function: Callable) -> tuple[Callable, dict[str, Any]]:
+    """The function inside partials, and what they bind by name."""
+    bound: dict[str, Any] = {}
+    while isinstance(function, functools.partial) and not function.args:
+        bound = {**function.keywords, **bound}
+        function = function.func
+    return function, bound
+
+
+def _is_async(function: Callable) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    )
+
+
+def _version(function: Callable, options: dict[str, Any]) -> str:
+    """A hash of the source and the options, for the cache's keys."""
+    try:
+        source = inspect.getsource(function if hasattr(function, "__code__") else type(function))
+    except (OSError, TypeError):
+        source = repr(getattr(function, "__qualname__", type(function)))
+    return hashlib.sha256(f"{source}\n{options!r}".encode()).hexdigest()[:16]
+
+
+def _options(spec: str, query: str) -> dict[str, Any]:
+    options = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{spec}: wanted name?option=value&option=value; got {part!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value  # plain words need no quotes
+    return options
+
+
+def _from_file(spec: str) -> Callable:
+    path, _, name = spec.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{spec}: there is no file {path}; wanted file.py:function")
+    module_spec = importlib.util.spec_from_file_location(f"prefuse_reward_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    _run(spec, lambda: module_spec.loader.exec_module(module))  # type: ignore[union-attr]
+    return _attribute(spec, module, name)
+
+
+def _from_module(spec: str) -> Callable:
+    path, _, name = spec.rpartition(".")
+    if not path:
+        raise UserError(
+            f"{spec}: no such reward{nearest(spec, BUILTINS)} Built in are "
+            f"{', '.join(sorted(BUILTINS))}; others are package.module.name or file.py:function"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does: a module beside the run
+    return _attribute(spec, _run(spec, lambda: importlib.import_module(path)), name)
+
+
+def _run(spec: str, load_module: Callable) -> Any:
+    try:
+        return load_module()
+    except Exception as error:
+        raise UserError(
+            f"{spec}: its module does not import: {type(error).__name__}: {error}; wanted a "
+            "built-in's name, package.module.name or file.py:function"
+        ) from error
+
+
+def _attribute(spec: str, module: Any, name: str) -> Callable:
+    if not hasattr(module, name):
+        known = [n for n, value in vars(module).items() if callable(value)]
+        raise UserError(f"{spec}: there is no {name!r} in it{nearest(name, known)}")
+    return getattr(module, name)
