@@ -7,7 +7,7 @@ terms carry the half of PPO's implementations: value_loss_coef is theirs to comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,8 @@ def value_clipped(
     old = torch.where(mask, old_values.detach(), 0.0)
     clipped = old + (values - old).clamp(-cliprange, cliprange)
     plain, held = (values - returns) ** 2, (clipped - returns) ** 2
-    found = _objective(torch.maximum(plain, held) / 2, values, returns, mask)
-    share = Mean((held > plain).detach().sum(), mask.sum())
-    return found._replace(metrics={**found.metrics, "clip_ratio/value": share})
+    share = {"clip_ratio/value": Mean((held > plain).detach().sum(), mask.sum())}
+    return _objective(torch.maximum(plain, held) / 2, values, returns, mask, share)
 
 
 def value_huber(
@@ -110,12 +109,15 @@ def _checked(values: Tensor, returns: Tensor, mask: Tensor | None) -> tuple[Tens
     return torch.where(mask, values, 0.0), torch.where(mask, returns, 0.0), mask
 
 
-def _objective(loss: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> Objective:
+def _objective(
+    loss: Tensor, values: Tensor, returns: Tensor, mask: Tensor, more: Mapping[str, Mean] = {}
+) -> Objective:
     count = mask.sum()
     error = torch.where(mask, (values - returns).detach(), 0.0)
     metrics = {
         "values/mean": Mean(values.detach().sum(), count),
         "values/squared_error": Mean((error**2).sum(), count),
+        **more,
     }
     return Objective(torch.where(mask, loss, 0.0), "token", metrics, count)
 

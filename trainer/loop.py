@@ -20,7 +20,7 @@ from .dist import Ranks
 from .errors import UserError
 from .objectives import Method
 from .report import Meter, Report
-from .schedule import Schedule, share_out
+from .schedule import Steps, share_out
 from .scores import Scorer
 
 
@@ -28,7 +28,7 @@ def train(
     config,
     method: Method,
     scorer: Scorer,
-    schedule: Schedule,
+    schedule: Steps,
     held_out: list[Example],
     ranks: Ranks,
     report: Report,
@@ -181,12 +181,12 @@ def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> 
     )
 
 
-def logs(config, done: int, schedule: Schedule) -> bool:
+def logs(config, done: int, schedule: Steps) -> bool:
     first = config.logging_first_step and done == 1
     return first or done % config.logging_steps == 0 or done == schedule.total_steps
 
 
-def evaluates(config, done: int, schedule: Schedule) -> bool:
+def evaluates(config, done: int, schedule: Steps) -> bool:
     if config.eval_strategy == "steps":
         return done % config.eval_steps == 0
     return config.eval_strategy == "epoch" and done % schedule.steps_per_epoch == 0

@@ -16,7 +16,7 @@ from prefuse.kernels.preference import BATCHWISE, hyperparameters, inputs, prefe
 from .config import DPOConfig
 from .errors import UserError
 from .objectives import JUDGED, PROVIDED
-from .online_config import OnlineConfig
+from .online_config import OnlineDPOConfig, PolicyConfig
 
 
 class Losses(NamedTuple):
@@ -128,5 +128,6 @@ def _check_policy_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
 COLUMNS = {"logp", "old_logp", "advantages", "rollout_logp", "reward", "pass_rate", "cu_seqlens"}
 COMMANDS: dict[type, Losses] = {
     DPOConfig: Losses(preference.LOSSES, _check_pair_loss),
-    OnlineConfig: Losses(policy.LOSSES, _check_policy_loss),
+    PolicyConfig: Losses(policy.LOSSES, _check_policy_loss),
+    OnlineDPOConfig: Losses(preference.LOSSES, _check_pair_loss),
 }

@@ -68,6 +68,10 @@ def judged_columns(loss_type: str) -> tuple[str, ...]:
     return tuple(name for name in JUDGED if name in needed)
 
 
+def needs_reference(loss_type: str) -> bool:
+    return "ref_chosen" in inputs(LOSSES[loss_type])
+
+
 def learns_from_identical(loss_type: str, hyperparameters: dict[str, Any]) -> bool:
     """Whether a pair of equal completions has a gradient: by a likelihood term, say."""
     two = torch.ones(2, dtype=torch.float64)

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from prefuse.kernels.preference import LOSSES, inputs
-
 from . import checkpoint, objectives
 from .batch import pack
 from .config import DPOConfig, SFTConfig, TrainConfig, updated
@@ -49,7 +47,7 @@ def run_dpo(config: DPOConfig) -> None:
         return pair_examples(rows, tokenizer, config.max_length, judged, identical)
 
     def method(config: DPOConfig, scorer, examples, ranks, report) -> Method:
-        if "ref_chosen" not in inputs(LOSSES[config.loss_type]):
+        if not objectives.needs_reference(config.loss_type):
             if config.sync_ref_model:
                 raise UserError(f"--sync_ref_model: {config.loss_type} has no reference to move")
             return objectives.dpo(None, config.loss_type, config.hyperparameters)

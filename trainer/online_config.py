@@ -43,20 +43,6 @@ class OnlineConfig(TrainConfig):
         default="transformers", help="What samples: continuous batching, or one of the others."
     )
 
-    loss_type: str = flag(default="dapo", help="Which policy loss; see `prefuse methods`.")
-    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
-    advantage: str = flag(default="grpo", help="Which advantage estimator; see `prefuse methods`.")
-    scale_rewards: Literal["group", "batch", "none"] = flag(
-        default="group", help="Whose standard deviation the grpo estimator divides by."
-    )
-    beta: float = flag(default=0.0, help="Coefficient of the KL to the reference model.")
-    kl: Literal["k1", "k2", "k3", "ratio_k3"] = flag(
-        default="k3", help="Its estimator, where the KL is in the loss."
-    )
-    kl_in_reward: bool = flag(
-        default=False, help="Take the KL off the reward instead of adding it to the loss."
-    )
-    entropy_coef: float = flag(default=0.0, help="Of an entropy bonus.")
     num_iterations: int = flag(default=1, help="Passes over the completions sampled together.")
     num_mini_batches: int = flag(
         default=1, help="Optimizer steps of a pass, so many steps' completions sampled together."
@@ -64,13 +50,6 @@ class OnlineConfig(TrainConfig):
     mask_truncated_completions: bool = flag(
         default=False, help="Do not train on completions cut at max_completion_length."
     )
-    filter_zero_std: bool = flag(
-        default=False, help="Do not train on groups whose rewards are all equal (DAPO)."
-    )
-    importance_sampling_correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = flag(default="none", help="Weigh by pi_old / pi_rollout, as the engine reported it.")
-    importance_sampling_clip_max: float = flag(default=2.0, help="The most that weight may be.")
     ref_model_name_or_path: str | None = flag(
         default=None, help="The reference model. Unset: the model as it is before training."
     )
@@ -103,12 +82,39 @@ class OnlineConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class GRPOConfig(OnlineConfig):
+class PolicyConfig(OnlineConfig):
+    """Policy gradients."""
+
+    loss_type: str = flag(default="dapo", help="Which policy loss; see `prefuse methods`.")
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+    advantage: str = flag(default="grpo", help="Which advantage estimator; see `prefuse methods`.")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        default="group", help="Whose standard deviation the grpo estimator divides by."
+    )
+    beta: float = flag(default=0.0, help="Coefficient of the KL to the reference model.")
+    kl: Literal["k1", "k2", "k3", "ratio_k3"] = flag(
+        default="k3", help="Its estimator, where the KL is in the loss."
+    )
+    kl_in_reward: bool = flag(
+        default=False, help="Take the KL off the reward instead of adding it to the loss."
+    )
+    entropy_coef: float = flag(default=0.0, help="Of an entropy bonus.")
+    filter_zero_std: bool = flag(
+        default=False, help="Do not train on groups whose rewards are all equal (DAPO)."
+    )
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = flag(default="none", help="Weigh by pi_old / pi_rollout, as the engine reported it.")
+    importance_sampling_clip_max: float = flag(default=2.0, help="The most that weight may be.")
+
+
+@dataclass(frozen=True)
+class GRPOConfig(PolicyConfig):
     """GRPO and its kin: advantages from groups of completions, a clipped ratio."""
 
 
 @dataclass(frozen=True)
-class RLOOConfig(OnlineConfig):
+class RLOOConfig(PolicyConfig):
     """RLOO: leave-one-out advantages of whole sequences, the KL in the reward."""
 
     loss_type: str = flag(default="rloo", help="Which policy loss; see `prefuse methods`.")
@@ -121,7 +127,7 @@ class RLOOConfig(OnlineConfig):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(OnlineConfig):
+class ReinforceConfig(PolicyConfig):
     """REINFORCE and REINFORCE++: no clip and no group needed, the KL in the reward."""
 
     loss_type: str = flag(default="ppo", help="Which policy loss; see `prefuse methods`.")
@@ -133,3 +139,53 @@ class ReinforceConfig(OnlineConfig):
     kl_in_reward: bool = flag(
         default=True, help="Take the KL off the reward instead of adding it to the loss."
     )
+
+
+@dataclass(frozen=True)
+class PickingConfig(OnlineConfig):
+    """What trains on some of a prompt's completions, which stay together in a micro-batch."""
+
+    num_generations: int = flag(default=2, help="Completions of a prompt.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        rows, each = self.per_device_train_batch_size, self.num_generations
+        wanted = f"a multiple of num_generations ({each})"
+        require(rows % each == 0, "per_device_train_batch_size", wanted, rows)
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig(PickingConfig):
+    """Online preference optimisation: a prompt's best completion against its worst."""
+
+    loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+    sync_ref_model: bool = flag(
+        default=False, help="Move the reference towards the policy as it trains."
+    )
+    ref_model_mixup_alpha: float = flag(
+        default=0.6, help="The policy's share in the moved reference; 1 replaces it."
+    )
+    ref_model_sync_steps: int = flag(default=512, help="Optimizer steps between two moves.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        each = self.num_generations
+        require(each >= 2, "num_generations", "2 or more, to prefer one to another", each)
+
+
+@dataclass(frozen=True)
+class RAFTConfig(PickingConfig):
+    """RAFT, rejection sampling: supervised fine-tuning on a prompt's best completions."""
+
+    learning_rate: float = flag(default=1e-5, help="Peak learning rate.")
+    num_generations: int = flag(default=8, help="Completions of a prompt.")
+    keep_best: int = flag(default=1, help="How many of a prompt's completions are trained on.")
+    min_reward: float | None = flag(
+        default=None, help="Train only on completions with at least this reward."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        each = self.num_generations
+        require(1 <= self.keep_best <= each, "keep_best", f"1 to {each}", self.keep_best)

@@ -7,6 +7,7 @@ any split of them over ranks and micro-batches gives the same gradient.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,21 @@ from prefuse.kernels.packing import pack as first_fit
 from .data import Example
 from .dist import Ranks
 from .errors import UserError
+
+
+class Steps(Protocol):
+    """The optimizer steps of a run, as the loop takes them."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    def resumable(self, done: int) -> bool:
+        """Whether a checkpoint after `done` steps holds all that the next step needs."""
+        ...
+
+    def step(self, step: int) -> list[list[Example]]:
+        """This rank's micro-batches of optimizer step `step`; every rank has as many."""
+        ...
 
 
 class Schedule:
@@ -39,7 +55,6 @@ class Schedule:
             )
 
     def resumable(self, done: int) -> bool:
-        """Whether a run may continue after `done` steps: here, after any."""
         return True
 
     def step(self, step: int) -> list[list[Example]]:
