@@ -1,0 +1,79 @@
+"""A second model object on the policy's own weights, with the attention that generation needs."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedModel
+
+
+class Twin:
+    """`model`, fit for generation: in evaluation mode, no settings of its own, its own attention.
+
+    In one process it *shares* the policy's tensors, so that it follows training at no cost. Sharded
+    weights are gathered into a copy, anew at every `follow`: a collective call.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str):
+        self.attention = attention
+        self.model = self._made_from(model)
+
+    def follow(self, model: PreTrainedModel) -> None:
+        if is_sharded(model):
+            _copy_weights(model, self.model)
+        elif not _shares(model, self.model):
+            self.model = self._made_from(model)
+
+    def _made_from(self, model: PreTrainedModel) -> PreTrainedModel:
+        twin = _gathered(model) if is_sharded(model) else _sharing(model)
+        twin.set_attn_implementation(self.attention if twin._supports_sdpa else "eager")
+        twin.config.use_cache = True
+        twin.generation_config = GenerationConfig()  # a model's own would change the sampling
+        return twin.eval()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return list(chain(model.parameters(), model.buffers()))
+
+
+def _shares(model: nn.Module, twin: nn.Module) -> bool:
+    mine, its = _tensors(model), _tensors(twin)
+    return len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy of everything but the tensors: ties and non-persistent buffers come along."""
+    return copy.deepcopy(model, {id(t): t for t in _tensors(model)})
+
+
+def _gathered(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    with own_randomness(model):  # for the weights it starts with
+        twin = type(model)._from_config(config, dtype=model.dtype)
+    twin.to(model.device)  # type: ignore[arg-type]
+    twin.requires_grad_(False)
+    _copy_weights(model, twin)
+    return twin
+
+
+def own_randomness(model: PreTrainedModel):
+    """A context in which random numbers drawn, or seeds set, are not the run's."""
+    return torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, twin: nn.Module) -> None:
+    own = dict(twin.named_parameters(remove_duplicate=False))
+    for name, p in model.named_parameters():
+        own[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)
+    buffers = dict(twin.named_buffers())
+    for name, b in model.named_buffers():
+        buffers[name].copy_(b)
