@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 from .errors import UserError
 
@@ -11,8 +12,11 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
 
   sft                 supervised fine-tuning
   dpo                 offline preference optimisation
+  grpo rloo reinforce policy gradients, from rewards of sampled completions
+  online-dpo raft     preference optimisation and fine-tuning on the best of them
   train FILE.yaml     what the file's `method` says, with its other keys as flags
   methods [NAME]      the losses: formulas, papers, what they read, hyperparameters
+  report FOLDER       makes report.html of a run again, finished or not
   demo                SFT, then DPO, of a tiny model on a generated task
 
 prefuse COMMAND --help lists the flags.
@@ -39,12 +43,14 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    from .flags import from_file, nearest
+    from .flags import ONLINE, from_file, nearest
 
     command, *rest = argv
     if command == "train":
         command, rest = from_file(rest)
-    known = {"sft": _sft, "dpo": _dpo, "methods": _methods, "demo": _demo, "train": None}
+    known = {"sft": _sft, "dpo": _dpo, "methods": _methods, "report": _report}
+    known |= {"demo": _demo, "train": None}
+    known |= {name: partial(_online, name) for name in ONLINE}
     run = known.get(command)
     if run is None:
         raise UserError(f"{command}: no such command{nearest(command, known)}\n\n{USAGE}")
@@ -76,11 +82,31 @@ def _dpo(rest: list[str]) -> None:
     run_dpo(config)
 
 
+def _online(command: str, rest: list[str]) -> None:
+    from .flags import CONFIGS, parse
+
+    config = parse(CONFIGS[command], rest)
+    from .online import run_online
+
+    run_online(config, command)
+
+
 def _demo(rest: list[str]) -> None:
     from .demo import DemoConfig, run_demo
     from .flags import parse
 
     run_demo(parse(DemoConfig, rest))
+
+
+def _report(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from .report_html import write_report
+
+    if len(rest) != 1 or not (Path(rest[0]) / "metrics.jsonl").is_file():
+        got = " ".join(rest) or "nothing"
+        raise UserError(f"report: wanted one run's folder, with its metrics.jsonl; got {got}")
+    print(write_report(Path(rest[0])))
 
 
 def _methods(rest: list[str]) -> None:

@@ -15,11 +15,18 @@ from . import loss_flags
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
 from .loss_flags import nearest
+from .online_config import GRPOConfig, OnlineDPOConfig, RAFTConfig, ReinforceConfig, RLOOConfig
 
 CONFIGS = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "reinforce": ReinforceConfig,
+    "online-dpo": OnlineDPOConfig,
+    "raft": RAFTConfig,
 }
+ONLINE = ("grpo", "rloo", "reinforce", "online-dpo", "raft")
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
 
 

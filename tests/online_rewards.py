@@ -1,0 +1,6 @@
+"""Rewards of the online tests, in TRL's form."""
+
+
+def share_of_w7(prompts, completions, completion_ids, **columns):
+    """How much of six tokens is w7, id 13 of tests/tiny.py; ending early leaves the rest out."""
+    return [sum(token == 13 for token in ids) / 6 for ids in completion_ids]

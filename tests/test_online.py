@@ -1,0 +1,121 @@
+"""Online runs of tiny models: they learn a task whose optimum is known, repeat, and resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model, write_model, write_rows
+from torch.testing import assert_close
+
+from prefuse.trainer.cli import main
+
+REWARDS = Path(__file__).with_name("online_rewards.py")
+PROMPTS = [{"prompt": f"w{i} w{j} :"} for i in range(6) for j in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"), tiny_model(seed=3))
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Runs a command in this process; returns the lines of its metrics.jsonl."""
+
+    def run(command: str, name: str, *more: str, reward: str = "share_of_w7") -> list[dict]:
+        argv = ["--model_name_or_path", model, "--output_dir", str(tmp_path / name)]
+        argv += ["--dataset_name", write_rows(tmp_path / f"{name}.jsonl", PROMPTS)]
+        argv += ["--reward_funcs", f"{REWARDS}:{reward}", "--max_completion_length", "6"]
+        argv += ["--logging_steps", "1", "--bf16", "false", "--disable_tqdm", *more]
+        main([command, *argv])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+LEARN = ["--per_device_train_batch_size", "64", "--learning_rate", "1e-2", "--save_steps", "0"]
+LEARN += ["--lr_scheduler_type", "constant", "--max_steps"]
+FULL = pytest.mark.full
+COMMANDS = [
+    ("grpo", "25", []),
+    ("rloo", "30", ["--beta", "0"]),
+    pytest.param("reinforce", "40", ["--beta", "0"], marks=FULL),
+    pytest.param("online-dpo", "40", ["--beta", "0.1", "--num_generations", "8"], marks=FULL),
+    pytest.param("raft", "30", [], marks=FULL),
+]
+
+
+@pytest.mark.parametrize("seed", ["1", *(pytest.param(s, marks=FULL) for s in ("2", "3"))])
+@pytest.mark.parametrize("command, steps, more", COMMANDS)
+def test_the_best_answer_is_found(run, command, steps, more, seed):
+    """The reward is the share of w7 among six tokens; 1 is the best there is."""
+    lines = run(command, "out", *LEARN, steps, "--seed", seed, *more)
+    assert lines[0]["reward"] < 0.2
+    assert sum(x["reward"] for x in lines[-5:]) / 5 >= 0.95
+
+
+@pytest.mark.parametrize("more", [(), ("--num_mini_batches", "2", "--num_iterations", "2")])
+def test_without_learning_nothing_moves(run, more):
+    options = ["--per_device_train_batch_size", "16", "--learning_rate", "0", "--beta", "0.5"]
+    lines = run("grpo", "out", *options, "--max_steps", "4", "--loss_type", "grpo", *more)
+    for line in lines:
+        assert_close(line["kl"], 0.0, atol=1e-9, rtol=0)
+        assert_close(line["policy/approx_kl"], 0.0, atol=1e-6, rtol=0)
+        assert line["sampling/logp_difference"] < 1e-5
+        # -mean(A) over sequences: the advantages of a group add up to 0
+        assert_close(line["loss"], 0.0, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("command", ["grpo", "online-dpo", "raft"])
+def test_resume_is_straight_through(run, tmp_path, command):
+    """Prompts, samples, losses and weights, exactly."""
+    options = ["--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
+    options += ["--max_steps", "8", "--num_mini_batches", "2"]
+    straight = run(command, "straight", *options)
+    run(command, "broken", *options, "--save_steps", "3")  # a window ends after step 4
+    saved = {p.name for p in (tmp_path / "broken").glob("checkpoint-*")}
+    assert saved == {"checkpoint-4", "checkpoint-6"}
+    resumed = run(
+        command,
+        "broken",
+        *options,
+        "--resume_from_checkpoint",
+        str(tmp_path / "broken/checkpoint-4"),
+    )
+    for name in ("loss", "reward", "grad_norm", "completions/mean_length"):
+        assert [x.get(name) for x in resumed] == [x.get(name) for x in straight]
+    wanted, got = (load_file(tmp_path / n / "model.safetensors") for n in ("straight", "broken"))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_samples_are_written(run, tmp_path):
+    run("grpo", "out", "--max_steps", "2", "--per_device_train_batch_size", "8")
+    rows = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4
+    for row in rows:
+        share = row["completion"].split().count("w7") / 6
+        assert_close(row["reward"], share)
+        assert row["rewards"] == {"share_of_w7": row["reward"]}
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        (["--num_generations", "1"], "--num_generations: wanted 2 or more, for advantage grpo"),
+        (["--advantage", "grpoo"], "--advantage: wanted one of grpo"),
+        (["--per_device_train_batch_size", "9"], "--per_device_train_batch_size: wanted with"),
+        (["--loss_type", "kl_cov"], "--loss_type kl_cov: it reads selected of every token"),
+        (["--reward_weights", "1", "2"], "--reward_weights: wanted a number for each of the 1"),
+        (["--max_prompt_length", "2"], "no prompt is left to sample from"),
+        (["--eval_fraction", "0.2", "--eval_strategy", "steps"], "--eval_strategy"),
+        (["--max_completion_length", "200"], "128"),
+    ],
+)
+def test_mistakes_are_told(run, more, wanted, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("grpo", "out", "--max_steps", "1", *more)
+    assert exit.value.code == 2
+    assert wanted in capsys.readouterr().err

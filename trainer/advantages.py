@@ -1,0 +1,81 @@
+"""Rewards of completions -> advantages of sequences or tokens, by the estimator's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels import group_advantage as group
+from prefuse.kernels.advantage_parts import shaped_rewards
+from prefuse.kernels.credit import at_ends
+from prefuse.kernels.whitening import Reduce
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Completions [S] of this rank, prompt by prompt, with M scored tokens in all."""
+
+    rewards: Tensor  # [S] float64, weighted; NaN where no reward was given
+    each: Tensor  # [S, F], of every reward function
+    weights: Tensor  # [F]
+    cu_groups: Tensor  # [G + 1] int32: the completions of a prompt
+    cu_seqlens: Tensor  # [S + 1] int32: the scored tokens of a completion
+    scale: str  # of the grpo estimator
+    reduce: Reduce  # statistics of this rank -> of all
+    logp: Tensor | None = None  # [M], with ref_logp: for a KL penalty in the reward
+    ref_logp: Tensor | None = None
+    kl_coef: float = 0.0
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff()
+
+    def penalized(self) -> Tensor:
+        """[S], less the KL of the sequence."""
+        if self.logp is None or self.ref_logp is None:
+            return self.rewards
+        pair = self.logp.double(), self.ref_logp.double()
+        return group.penalized_rewards(self.rewards, *pair, self.cu_seqlens, kl_coef=self.kl_coef)
+
+    def of_tokens(self) -> Tensor:
+        """[M]: the reward at a completion's last token, the KL at every token."""
+        rewards = at_ends(self.rewards.nan_to_num(nan=0.0), self.cu_seqlens, self.tokens)
+        if self.logp is None or self.ref_logp is None:
+            return rewards
+        pair = self.logp.double(), self.ref_logp.double()
+        return shaped_rewards(rewards, *pair, kl_coef=self.kl_coef)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cu_seqlens[-1])
+
+
+ESTIMATORS: dict[str, Callable[[Judged], Tensor]] = {
+    "grpo": lambda x: group.grpo(x.penalized(), x.cu_groups, scale=x.scale, reduce=x.reduce),
+    "dr_grpo": lambda x: group.dr_grpo(x.penalized(), x.cu_groups),
+    "rloo": lambda x: group.rloo(x.penalized(), x.cu_groups),
+    "opo": lambda x: group.opo(x.penalized(), x.lengths.double(), x.cu_groups),
+    "gpg": lambda x: group.gpg(x.penalized(), x.cu_groups, reduce=x.reduce),
+    "grpo_passk": lambda x: group.passk(x.penalized(), x.cu_groups),
+    "gdpo": lambda x: group.gdpo(x.each, x.weights, x.cu_groups, reduce=x.reduce),
+    "reinforce": lambda x: group.reinforce(x.penalized(), reduce=x.reduce),
+    "reinforce_plus_plus": lambda x: group.reinforce_plus_plus(
+        x.of_tokens(), x.cu_seqlens, reduce=x.reduce
+    ),
+    "reinforce_plus_plus_baseline": lambda x: group.reinforce_plus_plus_baseline(
+        x.penalized(), x.cu_groups, x.lengths.double(), reduce=x.reduce
+    ),
+}
+OF_TOKENS = {"reinforce_plus_plus"}
+NEED_GROUPS = {"rloo", "grpo", "dr_grpo", "opo", "gpg", "grpo_passk", "gdpo"}
+
+
+def advantages(name: str, judged: Judged) -> Tensor:
+    """Of every scored token [M], float32; a sequence's advantage is that of its tokens."""
+    found = ESTIMATORS[name](judged).float()
+    if name in OF_TOKENS:
+        return found
+    return torch.repeat_interleave(found, judged.lengths.long())
