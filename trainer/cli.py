@@ -12,7 +12,8 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
 
   sft                 supervised fine-tuning
   dpo                 offline preference optimisation
-  grpo rloo reinforce policy gradients, from rewards of sampled completions
+  grpo ppo rloo reinforce
+                      policy gradients, from rewards of sampled completions
   online-dpo raft     preference optimisation and fine-tuning on the best of them
   train FILE.yaml     what the file's `method` says, with its other keys as flags
   methods [NAME]      the losses: formulas, papers, what they read, hyperparameters

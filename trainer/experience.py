@@ -19,6 +19,7 @@ from .rollout import Completion
 class Window:
     """Completions [S] of this rank, `each` of them for every prompt, micro_rows a micro-batch.
 
+    number: of the window in the run.
     columns: numbers of every token of every completion, end to end [M].
     kept: bool [S], the completions that are trained on; all but empty ones at first.
     """
@@ -27,6 +28,7 @@ class Window:
     completions: list[Completion]
     each: int
     micro_rows: int
+    number: int = 0
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 

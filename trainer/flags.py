@@ -15,18 +15,26 @@ from . import loss_flags
 from .config import DPOConfig, SFTConfig
 from .errors import UserError
 from .loss_flags import nearest
-from .online_config import GRPOConfig, OnlineDPOConfig, RAFTConfig, ReinforceConfig, RLOOConfig
+from .online_config import (
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RAFTConfig,
+    ReinforceConfig,
+    RLOOConfig,
+)
 
 CONFIGS = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "grpo": GRPOConfig,
+    "ppo": PPOConfig,
     "rloo": RLOOConfig,
     "reinforce": ReinforceConfig,
     "online-dpo": OnlineDPOConfig,
     "raft": RAFTConfig,
 }
-ONLINE = ("grpo", "rloo", "reinforce", "online-dpo", "raft")
+ONLINE = ("grpo", "ppo", "rloo", "reinforce", "online-dpo", "raft")
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
 
 

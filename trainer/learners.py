@@ -23,7 +23,7 @@ from .errors import UserError
 from .experience import Window
 from .loss_flags import nearest
 from .objectives import Method, Reference
-from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, RAFTConfig
+from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
 from .scores import Scorer
 
 
@@ -56,7 +56,7 @@ def needs_reference(config: OnlineConfig) -> bool:
 
 def check(config: OnlineConfig) -> None:
     """What the configuration's own checks cannot know."""
-    if not isinstance(config, PolicyConfig):
+    if not isinstance(config, PolicyConfig) or isinstance(config, PPOConfig):
         return
     if config.advantage not in ESTIMATORS:
         raise UserError(

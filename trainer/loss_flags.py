@@ -16,7 +16,7 @@ from prefuse.kernels.preference import BATCHWISE, hyperparameters, inputs, prefe
 from .config import DPOConfig
 from .errors import UserError
 from .objectives import JUDGED, PROVIDED
-from .online_config import OnlineDPOConfig, PolicyConfig
+from .online_config import OnlineDPOConfig, PolicyConfig, PPOConfig
 
 
 class Losses(NamedTuple):
@@ -129,5 +129,10 @@ COLUMNS = {"logp", "old_logp", "advantages", "rollout_logp", "reward", "pass_rat
 COMMANDS: dict[type, Losses] = {
     DPOConfig: Losses(preference.LOSSES, _check_pair_loss),
     PolicyConfig: Losses(policy.LOSSES, _check_policy_loss),
+    PPOConfig: Losses(
+        # PPO has a gamma of its own
+        {k: f for k, f in policy.LOSSES.items() if "gamma" not in hyperparameters(f)},
+        _check_policy_loss,
+    ),
     OnlineDPOConfig: Losses(preference.LOSSES, _check_pair_loss),
 }

@@ -128,11 +128,13 @@ def export(
 ) -> None:
     """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer."""
     # published models carry generation settings that some transformers refuse to save again
-    settings, model.generation_config = model.generation_config, GenerationConfig()
+    settings = getattr(model, "generation_config", None)  # a model with a head of scores has none
+    if settings is not None:
+        model.generation_config = GenerationConfig()
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=state)
     model.config.use_cache = False
-    model.generation_config = settings
     if settings is not None:
+        model.generation_config = settings
         settings.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)

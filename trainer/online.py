@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefuse.kernels.objective import Mean
 
@@ -22,7 +22,8 @@ from .experience import Window
 from .loop import autocast, train
 from .model import export, load_tokenizer
 from .offline import load_scorer, prepare, resolve
-from .online_config import OnlineConfig, RAFTConfig
+from .online_config import OnlineConfig, PPOConfig, RAFTConfig
+from .ppo import ActorCritic, load_critic, ppo, ppo_method
 from .prompts import Prompt, load_prompts
 from .report import Meter, Report, claim_folder
 from .rewards import Feedback, combine
@@ -60,19 +61,29 @@ def run_online(config: OnlineConfig, name: str) -> None:
     engine = make_engine(config.engine, scorer.model, tokenizer)
     prepare(config, scorer)
     scorer = shard(scorer, ranks)
-    learner = learners.learner(config, scorer, reference, _live(reference, config, ranks))
+    trained: nn.Module = scorer
+    readers: dict[str, Any] = {"old_logp": scorer, "ref_logp": reference}
+    if isinstance(config, PPOConfig):
+        critic = shard(load_critic(config, tokenizer).to(ranks.device), ranks)
+        trained, readers["values"] = ActorCritic(scorer, critic), critic
+        learner = ppo(config, ppo_method(config), ranks.total)
+    else:
+        learner = learners.learner(config, scorer, reference, _live(reference, config, ranks))
     meter = Meter(ranks)
     sampler = Sampler(config, prompts, tokenizer, engine, ranks)
     judge = Judge(config, tokenizer, feedback, ranks, report, meter)
-    schedule = OnlineSchedule(config, sampler, judge, learner, scorer, reference, ranks)
+    schedule = OnlineSchedule(config, sampler, judge, learner, scorer, readers, ranks)
     try:
-        train(config, learner.method, scorer, schedule, [], ranks, report, meter)
+        train(config, learner.method, trained, schedule, [], ranks, report, meter)
     finally:
         engine.close()
-    state = checkpoint.full_state(scorer, ranks)
-    if ranks.is_main:
-        export(scorer.model, state, tokenizer, Path(config.output_dir))
-        report.say(f"exported {config.output_dir}")
+    folder = Path(config.output_dir)
+    kept = {folder: scorer} | ({folder / "critic": readers["values"]} if trained != scorer else {})
+    for place, module in kept.items():
+        state = checkpoint.full_state(module, ranks)
+        if ranks.is_main:
+            export(module.model, state, tokenizer, place)
+            report.say(f"exported {place}")
     ranks.barrier()
 
 
@@ -140,7 +151,7 @@ class Sampler:
         each, tokens = self.config.num_generations, [p.tokens for p in chosen]
         groups = self.engine.generate(tokens, each, self.sampling, seeds)
         completions = [completion for group in groups for completion in group]
-        window = Window(chosen, completions, each, self.config.per_device_train_batch_size)
+        window = Window(chosen, completions, each, self.config.per_device_train_batch_size, number)
         logps = [torch.from_numpy(c.logp) for c in completions]
         window.set("rollout_logp", torch.cat([*logps, torch.zeros(0)]))
         return window
@@ -256,12 +267,11 @@ class OnlineSchedule:
         judge: Judge,
         learner: learners.Learner,
         scorer: Scorer,
-        reference: Scorer | None,
+        readers: dict[str, Any],
         ranks: Ranks,
     ):
         self.config, self.sampler, self.judge, self.learner = config, sampler, judge, learner
-        self.scorers = {"old_logp": scorer, "ref_logp": reference}
-        self.ranks = ranks
+        self.scorer, self.readers, self.ranks = scorer, readers, ranks
         self.steps_per_window = config.num_mini_batches * config.num_iterations
         windows = len(sampler.prompts) / (sampler.size * ranks.world)
         self.steps_per_epoch = max(1, round(windows * self.steps_per_window))
@@ -284,27 +294,24 @@ class OnlineSchedule:
         return self.batches[first : first + size]
 
     def _collect(self, number: int) -> list[list[Example]]:
-        scorer = self.scorers["old_logp"]
-        assert scorer is not None
-        scorer.eval()
-        window = self.sampler.sample(number, scorer.model)
+        self.scorer.eval()
+        window = self.sampler.sample(number, self.scorer.model)
         self._score(window)
         judged = self.judge.judge(window, number * self.steps_per_window + 1)
         batches = self.learner.batches(window, judged)
-        scorer.train()
+        self.scorer.train()
         return batches
 
     @torch.no_grad()
     def _score(self, window: Window) -> None:
-        """The log-probs that the learner reads, of all sampled tokens."""
+        """What the learner reads of all sampled tokens: log-probs, a critic's values."""
         names = self.learner.scores
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for rows in window.micro_batches() if names else ():
             batch = pack(rows, self.config.layout == "shared").to(self.ranks.device)
             for name in names:
-                scorer = self.scorers[name]
-                assert scorer is not None
                 with autocast(self.config, self.ranks):
-                    parts[name].append(scorer(batch).logp)
-        for name, found in parts.items():
-            window.set(name, torch.cat(found))
+                    found = self.readers[name](batch)
+                parts[name].append(found if name == "values" else found.logp)
+        for name, tensors in parts.items():
+            window.set(name, torch.cat(tensors))

@@ -142,6 +142,36 @@ class ReinforceConfig(PolicyConfig):
 
 
 @dataclass(frozen=True)
+class PPOConfig(PolicyConfig):
+    """PPO: a critic beside the policy, GAE, the KL in the reward of every token."""
+
+    loss_type: str = flag(default="ppo", help="Which policy loss; see `prefuse methods`.")
+    advantage: Literal["gae"] = flag(default="gae", help="Of tokens, by the critic.")
+    num_generations: int = flag(default=1, help="Completions of a prompt.")
+    num_iterations: int = flag(default=4, help="Passes over the completions sampled together.")
+    beta: float = flag(default=0.05, help="Coefficient of the KL to the reference model.")
+    kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of PPO.")
+    gamma: float = flag(default=1.0, help="Discount of a token's reward.")
+    lam: float = flag(default=0.95, help="Lambda of GAE.")
+    vf_coef: float = flag(default=0.1, help="Coefficient of the critic's loss.")
+    cliprange_value: float = flag(default=0.2, help="How far a value moves before it is clipped.")
+    critic_model_name_or_path: str | None = flag(
+        default=None,
+        help="A critic or reward model with the policy's tokenizer. Unset: the "
+        "policy's body with a head of zeros.",
+    )
+    critic_warmup_windows: int = flag(default=0, help="Samplings in which the critic learns alone.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.kl_in_reward, "kl_in_reward", "true for PPO", self.kl_in_reward)
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, "a number in [0, 1]", value)
+        require(self.vf_coef >= 0, "vf_coef", "a number from 0", self.vf_coef)
+
+
+@dataclass(frozen=True)
 class PickingConfig(OnlineConfig):
     """What trains on some of a prompt's completions, which stay together in a micro-batch."""
 

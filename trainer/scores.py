@@ -47,7 +47,7 @@ class Scorer(nn.Module):
         self, batch: PackedBatch, outputs: tuple[str, ...] = ("logp",), token_loss=None, extras=()
     ):
         """TokenStats of the scored tokens; with `token_loss`, its loss [M] and the TokenStats."""
-        rows = self.hidden(batch)[batch.score_rows]
+        rows = hidden_states(self.model, self.layout, batch)[batch.score_rows]
         head = output_head(self.model)
         options = dict(
             self.options._asdict(),
@@ -60,26 +60,27 @@ class Scorer(nn.Module):
             return linear_logp(rows, head.weight, batch.targets, **options)
         return linear_token_loss(rows, head.weight, batch.targets, token_loss, *extras, **options)
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states [T, H] of the packed tokens, whatever the layout."""
-        body = self.model.base_model
-        if self.layout == "padded":
-            rectangle = pad(batch, pad_token_id=0)
-            out = body(
-                input_ids=rectangle.input_ids,
-                attention_mask=rectangle.attention_mask,
-                use_cache=False,
-            )
-            return out.last_hidden_state.flatten(0, 1)[rectangle.rows]
+
+def hidden_states(model: PreTrainedModel, layout: str, batch: PackedBatch) -> Tensor:
+    """Final hidden states [T, H] of the packed tokens, whatever the layout."""
+    body = model.base_model
+    if layout == "padded":
+        rectangle = pad(batch, pad_token_id=0)
         out = body(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
-            attention_mask=None,
-            use_cache=False,  # with a cache, packed rows would mix
-            cu_seq_lens_q=batch.cu_seqlens,
-            prefix=batch.prefix,
+            input_ids=rectangle.input_ids,
+            attention_mask=rectangle.attention_mask,
+            use_cache=False,
         )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state.flatten(0, 1)[rectangle.rows]
+    out = body(
+        input_ids=batch.tokens[None],
+        position_ids=batch.positions[None],
+        attention_mask=None,
+        use_cache=False,  # with a cache, packed rows would mix
+        cu_seq_lens_q=batch.cu_seqlens,
+        prefix=batch.prefix,
+    )
+    return out.last_hidden_state[0]
 
 
 def _probe_examples(vocab: int) -> list[Example]:
