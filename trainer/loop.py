@@ -45,7 +45,11 @@ def train(
         meter.clear()
 
     stop = due = False
-    with report.progress(config.disable_tqdm) as progress, interruptible() as interrupted:
+    with (
+        report.page(),
+        report.progress(config.disable_tqdm) as progress,
+        interruptible() as interrupted,
+    ):
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
         for step in range(start, schedule.total_steps):
             micro_batches = schedule.step(step)

@@ -79,9 +79,7 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     report = Report(config, name, ranks)
     report.say(note or f"layout: {config.layout}")
     report.say(f"head: {scorer.plan(ranks.device)}")
-    for data, ledger in ledgers.items():
-        for line in ledger.lines():
-            report.say(f"{data}: {line}")
+    report.rows(ledgers)
     method = make_method(config, scorer, examples + held_out, ranks, report)
     prepare(config, scorer)
     scorer = shard(scorer, ranks)

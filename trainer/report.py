@@ -1,11 +1,13 @@
-"""What a run tells: the console, metrics.jsonl, config.yaml, TensorBoard."""
+"""What a run tells: the console, metrics.jsonl, config.yaml, ledger.json, TensorBoard, and at the
+end report.html."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +22,9 @@ from prefuse.kernels.objective import Mean
 
 from .dist import Ranks
 from .errors import UserError
+from .report_html import write_report
 
+LINES = ("metrics.jsonl", "samples.jsonl")
 SHOWN = (
     "loss",
     "reward",
@@ -63,12 +67,35 @@ class Report:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
 
+    def rows(self, ledgers: Mapping[str, Any]) -> None:
+        """What became of the rows of each data set: on the console and in ledger.json."""
+        for data, ledger in ledgers.items():
+            for line in ledger.lines():
+                self.say(f"{data}: {line}")
+        if self.ranks.is_main:
+            counts = {data: asdict(ledger) for data, ledger in ledgers.items()}
+            (self.folder / "ledger.json").write_text(json.dumps(counts, indent=1) + "\n")
+
     def forget_after(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl past `step`, which a resumed run will write again."""
-        file = self.folder / "metrics.jsonl"
-        if self.ranks.is_main and file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+        """Drops the lines past `step`, which a resumed run will write again."""
+        for name in LINES:
+            file = self.folder / name
+            if self.ranks.is_main and file.exists():
+                lines = file.read_text().splitlines(keepends=True)
+                whole = [x for x in lines if x.endswith("\n")]  # a kill may have cut the last one
+                file.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
+
+    @contextmanager
+    def page(self) -> Iterator[None]:
+        """Writes report.html when the run ends, however it ends."""
+        try:
+            yield
+        finally:
+            if self.ranks.is_main:
+                try:
+                    self.say(f"report: {write_report(self.folder)}")
+                except Exception as error:  # the model, not yet exported, is worth more
+                    self.say(f"no report.html: {type(error).__name__}: {error}")
 
     def progress(self, hidden: bool) -> Progress:
         return Progress(
@@ -89,7 +116,7 @@ def claim_folder(config, ranks: Ranks) -> None:
         raise UserError(f"--output_dir {folder}: is --model_name_or_path; choose another folder")
     if config.resume_from_checkpoint:
         return
-    ours = [folder / "metrics.jsonl", *folder.glob("checkpoint-*")]
+    ours = [*(folder / name for name in LINES), *folder.glob("checkpoint-*")]
     held = any(path.exists() for path in (*ours, *folder.glob("*.safetensors")))
     # rank 0 looks for all: another rank might look when rank 0 has already begun to write
     if ranks.any(ranks.is_main and held) and not config.overwrite_output_dir:

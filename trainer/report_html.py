@@ -1,0 +1,403 @@
+"""report.html: what a run wrote in its folder, as one page that opens from disk.
+
+Everything in the folder is data: it is escaped, and the page's policy allows no script but its own
+and no address outside the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .report_checks import checks, ends, is_guard, planned
+from .report_plot import (
+    COLOURS,
+    LEFT,
+    POINTS,
+    RIGHT,
+    WIDTH,
+    Chart,
+    Curve,
+    line_chart,
+    scatter_chart,
+    short,
+)
+from .report_run import Run, Series, number, read_run
+from .report_style import SCRIPT, STYLE
+
+SAMPLED_STEPS, SAMPLES_A_STEP, TEXT = 12, 6, 2000
+
+# titles, and the metrics (without eval_) that share the chart; the rest get one each
+CHARTS = {
+    "Reward": r"reward",
+    "KL to the reference": r"kl",
+    "Loss": r"loss",
+    "Accuracy": r"(rewards|costs|similarities|verdicts)/(sign_)?accurac(y|ies)|accuracy",
+    "Margin": r"(rewards|verdicts)/margins?|margin",
+    "Rewards of the two": r"rewards/(chosen|rejected)",
+    "Log-probs of the two": r"logps/(chosen|rejected)",
+    "Token accuracy": r"mean_token_accuracy",
+    "Mean of each reward": r"rewards/.+/mean",
+    "Spread of rewards": r"reward_std|rewards/.+/std",
+    "Completion length, tokens": r"completions/.*length",
+    "Shares of completions": r"completions/(clipped_ratio|trained_on)|frac_reward_zero_std",
+    "Entropy, nats a token": r"entropy",
+    "Clip ratio": r"clip_ratio(/.*)?|cispo_clip_ratio",
+    "KL to the policy that sampled": r"policy/approx_kl",
+    "Train/rollout log-prob gap": r"sampling/.*logp_difference(/.*)?",
+    "Train/rollout importance ratio": r"sampling/importance_sampling_ratio(/.*)?",
+    "Learning rate": r"learning_rate",
+    "Gradient norm": r"grad_norm",
+}
+SPEED = {
+    "Tokens a second": r"(.+_)?tokens_per_second",
+    "Memory, GiB": r"memory_gib|memory/.*",
+    "Seconds of each phase": r"time/.*|(.+_)?(runtime|seconds)",
+}
+# the numbers at the top: name, title, which direction is good
+TILES = (
+    ("reward", "reward", 1),
+    ("kl", "KL", 0),
+    ("eval_rewards/accuracies", "held-out accuracy", 1),
+    ("rewards/accuracies", "accuracy", 1),
+    ("eval_rewards/margins", "held-out margin", 1),
+    ("eval_loss", "held-out loss", -1),
+    ("mean_token_accuracy", "token accuracy", 1),
+    ("completions/mean_length", "completion length", 0),
+    ("entropy", "entropy", 0),
+    ("loss", "loss", -1),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """(Re)makes report.html of a finished or interrupted run from the files in its folder."""
+    path = Path(folder) / "report.html"
+    path.write_bytes(page(read_run(Path(folder))).encode("utf-8", "replace"))
+    return path
+
+
+def page(run: Run) -> str:
+    figures = Figures(run)
+    title = _title(run)
+    body = [
+        _header(run, title),
+        _tiles(run),
+        _checks(run),
+        _section("Curves", figures.grid(CHARTS, reward_against_kl=True)),
+        _samples(run.samples),
+        _section("Speed and memory", figures.grid(SPEED)),
+        _guards(run),
+        _section("Other metrics", figures.others()),
+        _every_metric(run),
+        _settings(run),
+        f'<p class="quiet">{_e(_reading(figures))}</p>',
+    ]
+    points = json.dumps(figures.points, separators=(",", ":"), allow_nan=False)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_e(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(x for x in body if x)
+        + f'\n</main><script type="application/json" id="points">{points}</script>'
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+class Figures:
+    """Draws each metric once, in the first chart that wants it; gathers what hovering reads."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.points: list[dict[str, Any]] = []
+        self.bases = dict.fromkeys(name.removeprefix("eval_") for name in run.metrics)
+        self.drawn: set[str] = set()
+        self.limit = max(40, min(POINTS, 12_000 // max(1, len(run.metrics))))
+        self.thinned = any(len(s.steps) > self.limit for s in run.metrics.values())
+
+    def grid(self, charts: dict[str, str], reward_against_kl: bool = False) -> str:
+        parts = []
+        for title, pattern in charts.items():
+            names = [n for n in self.bases if re.fullmatch(pattern, n) and n not in self.drawn]
+            parts += [self.lines(title, names[i : i + COLOURS]) for i in range(0, len(names), 6)]
+            if reward_against_kl and title == "Reward":
+                parts += self.scatter()
+        self.drawn |= {n for n in self.bases if any(re.fullmatch(p, n) for p in charts.values())}
+        return f'<div class="charts">{"".join(parts)}</div>' if parts else ""
+
+    def others(self) -> str:
+        claimed = "|".join(f"(?:{p})" for p in (*CHARTS.values(), *SPEED.values()))
+        names = [n for n in self.bases if not re.fullmatch(claimed, n)]
+        parts = "".join(self.lines(name, [name]) for name in names)
+        return f'<div class="charts small">{parts}</div>' if parts else ""
+
+    def lines(self, title: str, names: list[str]) -> str:
+        curves, legend, alone = [], [], len(names) == 1
+        for colour, base in enumerate(names):
+            for name, held_out in ((base, False), (f"eval_{base}", True)):
+                if name not in self.run.metrics:
+                    continue
+                colour += held_out and alone
+                curves.append(Curve(self.run.metrics[name], colour, held_out))
+                label = base + " held out" * held_out
+                legend.append((colour, held_out, label, self.run.last(name)))
+        return self._figure(title, line_chart(curves, self.limit), legend)
+
+    def scatter(self) -> list[str]:
+        """Reward against KL over the steps that logged both."""
+        if not {"reward", "kl"} <= self.run.metrics.keys():
+            return []
+        kl = dict(self.run.metrics["kl"].finite())
+        points = [(s, kl[s], v) for s, v in self.run.metrics["reward"].finite() if s in kl]
+        if not points:
+            return []
+        _, x, y = points[-1]
+        legend = [(0, False, "KL (across)", x), (0, False, "reward (up); darker is later", y)]
+        return [self._figure("Reward against KL", scatter_chart(points), legend)]
+
+    def _figure(self, title: str, chart: Chart, legend: list) -> str:
+        edges = {"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT}
+        self.points.append({"curves": chart.curves, "x": chart.x, **edges})
+        items = "".join(
+            f'<span><i class="s{colour % COLOURS}{" held-out" * held_out}"></i>{_e(label)} '
+            f"<output>{'–' if value is None else short(value)}</output></span>"
+            for colour, held_out, label, value in legend
+        )
+        notes = "".join(f'<div class="quiet">{_e(note)}</div>' for note in chart.notes)
+        return (
+            f'<figure data-chart="{len(self.points) - 1}"><figcaption>{_e(title)}'
+            f'<span class="at quiet">step {chart.last}</span></figcaption>'
+            f'{chart.svg}<div class="legend">{items}</div>{notes}</figure>'
+        )
+
+
+def _title(run: Run) -> str:
+    method = str(run.config.get("method", "run"))
+    kind = run.config.get("loss_type")
+    return f"{method} ({kind})" if kind and kind != method else method
+
+
+def _header(run: Run, title: str) -> str:
+    finished, progress = planned(run)
+    mark = "good" if finished else "warn" if run.steps else "bad"
+    state = "finished" if finished else "ended early" if run.steps else "nothing logged"
+    told = [f"folder {run.name}"]
+    for key, label in (("model_name_or_path", "model"), ("dataset_name", "data")):
+        if key in run.config:
+            told.append(f"{label} {run.config[key]}")
+    return (
+        f'<header><h1>{_e(title)}</h1><span class="chip {mark}">{state}</span>'
+        f'<span class="quiet">{_e(progress)}</span></header>'
+        f'<p class="quiet">{_e(" · ".join(told))}</p>'
+    )
+
+
+def _tiles(run: Run) -> str:
+    parts = []
+    for name, title, direction in TILES:
+        found = ends(run.metrics[name]) if name in run.metrics else None
+        first, last = found or (None, run.last(name))
+        if last is None or len(parts) == 6:
+            continue
+        # a policy-gradient loss falls or rises whether or not the policy improves
+        told = name != "loss" or "reward" not in run.metrics
+        better = direction * (last - first) if told and first is not None else 0
+        mark = "good" if better > 0 else "bad" if better < 0 else ""
+        before = "" if first is None else f"from {short(first)}"
+        parts.append(_tile(title, short(last), before, mark))
+    seconds, tokens = _time(run)
+    if tokens:
+        parts.append(_tile("time in training steps", _clock(seconds), f"{short(tokens)} tokens"))
+        parts.append(_tile("speed", f"{short(tokens / seconds)}", "tokens a second"))
+    memory = [v for _, v in run.metrics.get("memory_gib", Series([], [])).finite()]
+    if memory:
+        parts.append(_tile("peak memory", f"{short(max(memory))} GiB", "of the accelerator"))
+    return f'<div class="tiles">{"".join(parts)}</div>' if parts else ""
+
+
+def _tile(title: str, value: str, note: str, mark: str = "") -> str:
+    spans = f'<span class="quiet">{_e(title)}</span><b class="{mark}">{_e(value)}</b>'
+    return f'<div>{spans}<span class="quiet">{_e(note) or "&nbsp;"}</span></div>'
+
+
+def _time(run: Run) -> tuple[float, float]:
+    """Seconds and tokens of the logged stretches."""
+    tokens = dict(run.metrics.get("num_tokens", Series([], [])).finite())
+    speeds = dict(run.metrics.get("tokens_per_second", Series([], [])).finite())
+    both = [(tokens[s], speeds[s]) for s in tokens if speeds.get(s, 0) > 0]
+    return sum(n / speed for n, speed in both), sum(n for n, _ in both)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
+
+
+def _checks(run: Run) -> str:
+    items = "".join(f'<li class="{mark}">{_e(text)}</li>' for mark, text in checks(run))
+    return f'<ul class="checks card">{items}</ul>'
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    """Some steps from the first to the last; a few completions each, the ends open."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_step.setdefault(sample["step"], []).append(sample)
+    steps = list(by_step)
+    if len(steps) > SAMPLED_STEPS:
+        last = len(steps) - 1
+        steps = [steps[round(i * last / (SAMPLED_STEPS - 1))] for i in range(SAMPLED_STEPS)]
+    rewards = [x for x in map(_reward, samples) if x is not None]
+    bounds = (min(rewards, default=0.0), max(rewards, default=0.0))
+    parts, shown = [], 0
+    for step in steps:
+        rows = by_step[step][:SAMPLES_A_STEP]
+        shown += len(rows)
+        told = [x for x in map(_reward, by_step[step]) if x is not None]
+        mean = f" · mean reward {short(sum(told) / len(told))}" if told else ""
+        cards = "".join(_sample(row, bounds) for row in rows)
+        is_open = " open" if step in (steps[0], steps[-1]) else ""
+        head = f'<summary>step {step}<span class="quiet">{_e(mean)}</span></summary>'
+        parts.append(f'<details class="card"{is_open}>{head}{cards}</details>')
+    note = f'<p class="quiet">{shown} of the {len(samples)} in samples.jsonl.</p>'
+    return _section("Completions over time", "".join(parts) and note + "".join(parts))
+
+
+def _sample(row: dict[str, Any], bounds: tuple[float, float]) -> str:
+    reward, (low, high) = _reward(row), bounds
+    told = "–" if reward is None else short(reward)
+    bar = ""
+    if reward is not None and high > low:
+        share = 100 * (reward - low) / (high - low)
+        bar = f'<span class="bar"><i style="width:{share:.0f}%"></i></span>'
+    each = row.get("rewards")
+    each = each if isinstance(each, dict) and len(each) > 1 else {}
+    parts = "".join(
+        f'<span class="quiet">{_e(f"{name} {_plain(value)}")}<br></span>'
+        for name, value in each.items()
+    )
+    return (
+        f'<div class="sample"><pre class="prompt">{_text(row.get("prompt"))}</pre>'
+        f"<pre>{_text(row.get('completion'))}</pre>"
+        f'<div class="reward"><b>{told}</b>{bar}{parts}</div></div>'
+    )
+
+
+def _reward(row: dict[str, Any]) -> float | None:
+    reward = number(row.get("reward"))
+    return None if math.isnan(reward) else reward
+
+
+def _text(value: Any) -> str:
+    """A prompt or completion: text, or messages."""
+    if isinstance(value, list) and all(isinstance(m, dict) and "content" in m for m in value):
+        value = "\n".join(f"[{m.get('role', '')}] {_plain(m['content'])}" for m in value)
+    return _e(_cut(_plain(value)))
+
+
+def _guards(run: Run) -> str:
+    """What happened to the data's rows, and every metric that counts failures or cuts."""
+    parts = []
+    for data, counts in run.ledgers.items():
+        rows = [(str(name).replace("_", " "), _plain(count)) for name, count in counts.items()]
+        parts.append(_table((data, "count"), rows))
+    rows = []
+    for name, series in run.metrics.items():
+        points = series.finite()
+        if is_guard(name) and points:
+            values = [v for _, v in points]
+            raised = f"{sum(v != 0 for v in values)} of {len(values)}"
+            mean = f"{sum(values) / len(values):.4g}"
+            rows.append((name, raised, mean, f"{max(values):.4g}", f"{values[-1]:.4g}"))
+    head = ("guard", "logged steps not 0", "mean", "most", "last")
+    table = _table(head, rows) if rows else ""
+    both = f'<div class="two">{"".join(parts)}</div>' * bool(parts) + table
+    return _section("Rows and guards", both and f'<div class="card">{both}</div>')
+
+
+def _every_metric(run: Run) -> str:
+    rows = []
+    for name, series in run.metrics.items():
+        points = series.finite()
+        if not points:
+            rows.append((name, *["not finite"] * 4, str(len(series.steps))))
+            continue
+        low, high = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
+        at = (f"{v:.6g} at {s}" for s, v in (low, high))
+        last = f"{points[-1][1]:.6g}" if points[-1][0] == series.steps[-1] else "not finite"
+        rows.append((name, f"{points[0][1]:.6g}", last, *at, str(len(series.steps))))
+    head = ("metric", "first", "last", "lowest", "highest", "logged")
+    return _details("Every metric in numbers", _table(head, rows) if rows else "")
+
+
+def _settings(run: Run) -> str:
+    config = [(str(key), _cut(_plain(value))) for key, value in run.config.items()]
+    versions = [(str(key), _cut(_plain(value))) for key, value in run.versions.items()]
+    known = bool(run.versions)
+    return (
+        _section("Versions", f'<div class="card">{_table((), versions)}</div>' if known else "")
+        + _section("Configuration", "" if not config else " ")
+        + _details(f"{len(config)} settings", _table((), config) if config else "")
+    )
+
+
+def _reading(figures: Figures) -> str:
+    told = "Read from metrics.jsonl, config.yaml, ledger.json and samples.jsonl of the folder. "
+    if figures.thinned:
+        told += f"Curves are thinned to at most {figures.limit} points each, which keep the lowest "
+        told += "and highest of every stretch. "
+    return told + "From 40 points on, the strong line is a moving mean over a twentieth of the run."
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_e(title)}</h2>{content}</section>" if content else ""
+
+
+def _details(title: str, content: str) -> str:
+    if not content:
+        return ""
+    return f'<details class="card"><summary>{_e(title)}</summary>{content}</details>'
+
+
+def _table(head: tuple[str, ...], rows: list) -> str:
+    def row(cells, tag: str) -> Iterator[str]:
+        for i, cell in enumerate(cells):
+            kind = "key" if not i else "number" if head else "value"
+            yield f'<{tag} class="{kind}">{_e(str(cell))}</{tag}>'
+
+    lines = ([f"<tr>{''.join(row(head, 'th'))}</tr>"] if head else []) + [
+        f"<tr>{''.join(row(cells, 'td'))}</tr>" for cells in rows
+    ]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (bool, int, float)):
+        return "–" if value is None or value != value else str(value)
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
+
+
+def _cut(text: str) -> str:
+    more = len(text) - TEXT
+    return text if more <= 0 else f"{text[:TEXT]}… ({more} more characters)"
+
+
+def _e(text: str) -> str:
+    """Escaped; control characters, which HTML forbids, as their pictures."""
+    pictures = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}
+    return html.escape(text.translate(pictures), quote=True)
