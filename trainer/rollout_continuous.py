@@ -43,7 +43,7 @@ class ContinuousEngine:
         self.twin = Twin(model, attention_of(model))
         self.context = context_of(model)
         self.tokenizer, self.warn = tokenizer, warn
-        self.max_rows = max_rows or (256 if model.device.type == "cuda" else 32)
+        self.max_rows = max_rows or (256 if model.device.type == "cuda" else 16)
         self.cache_bytes = cache_bytes
         self.plain: GenerateEngine | None = None
         self.proven = False

@@ -34,7 +34,7 @@ class GenerateEngine:
     ):
         self.twin = Twin(model, "sdpa")
         self.context = context_of(model)
-        self.max_rows = max_rows or (256 if model.device.type == "cuda" else 64)
+        self.max_rows = max_rows or (256 if model.device.type == "cuda" else 128)
         self.pad = tokenizer.pad_token_id or 0
         self.other = self.weight = None
         if mixture is not None:
