@@ -77,21 +77,23 @@ def _finite(run: Run) -> Iterator[Check]:
 
 
 PROGRESS = {
-    "reward": "Reward",
-    "eval_reward": "Held-out reward",
-    "eval_rewards/accuracies": "Held-out accuracy",
-    "eval_mean_token_accuracy": "Held-out token accuracy",
+    "reward": ("Reward", 1),
+    "eval_reward": ("Held-out reward", 1),
+    "eval_rewards/accuracies": ("Held-out accuracy", 1),
+    "eval_mean_token_accuracy": ("Held-out token accuracy", 1),
+    "loss": ("Training loss", -1),
 }
 
 
 def _progress(run: Run) -> Iterator[Check]:
-    for name, title in PROGRESS.items():
+    for name, (title, direction) in PROGRESS.items():
         found = ends(run.metrics[name]) if name in run.metrics else None
-        if found:
-            first, last = found
-            verb = "rose" if last > first else "fell" if last < first else "stayed"
-            text = f"{title} {verb} from {short(first)} to {short(last)}."
-            yield Check("good" if last > first else "warn", text)
+        if found is None or (name == "loss" and "reward" in run.metrics):
+            continue  # a policy-gradient loss says nothing of progress
+        first, last = found
+        verb = "rose" if last > first else "fell" if last < first else "went"
+        text = f"{title} {verb} from {short(first)} to {short(last)}."
+        yield Check("good" if direction * (last - first) > 0 else "warn", text)
     held_out = run.metrics["eval_loss"].finite() if "eval_loss" in run.metrics else []
     if len(held_out) > 1:
         best_step, best = min(held_out, key=lambda point: point[1])
@@ -120,12 +122,16 @@ def _limits(run: Run) -> Iterator[Check]:
         ("completions/clipped_ratio", 0.3, "{:.0%} of completions were cut at the length limit"),
         ("frac_reward_zero_std", 0.5, "{:.0%} of groups had equal rewards and taught nothing"),
         ("sampling/logp_difference", 0.05, "log-probs of sampling and training were {:.2g} apart"),
-        ("rewards/failed", 0.0, "{:.2%} of rewards failed"),
     ):
         found = ends(run.metrics[name]) if name in run.metrics else None
         if found:
             mark = "warn" if found[1] > most else "good"
             yield Check(mark, f"At the end {what.format(found[1])}.")
+    failed = run.metrics["rewards/failed"].finite() if "rewards/failed" in run.metrics else []
+    if failed:
+        steps = sum(v != 0 for _, v in failed)
+        text = f"Rewards failed in {steps} of {len(failed)} logged steps."
+        yield Check("warn" if steps else "good", text)
 
 
 def _rows(run: Run) -> Iterator[Check]:

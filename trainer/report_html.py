@@ -218,7 +218,7 @@ def _tiles(run: Run) -> str:
         parts.append(_tile(title, short(last), before, mark))
     seconds, tokens = _time(run)
     if tokens:
-        parts.append(_tile("time in training steps", _clock(seconds), f"{short(tokens)} tokens"))
+        parts.append(_tile("training time", _clock(seconds), f"{short(tokens)} tokens"))
         parts.append(_tile("speed", f"{short(tokens / seconds)}", "tokens a second"))
     memory = [v for _, v in run.metrics.get("memory_gib", Series([], [])).finite()]
     if memory:
@@ -240,10 +240,10 @@ def _time(run: Run) -> tuple[float, float]:
 
 
 def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _checks(run: Run) -> str:
@@ -286,7 +286,7 @@ def _sample(row: dict[str, Any], bounds: tuple[float, float]) -> str:
     each = row.get("rewards")
     each = each if isinstance(each, dict) and len(each) > 1 else {}
     parts = "".join(
-        f'<span class="quiet">{_e(f"{name} {_plain(value)}")}<br></span>'
+        f'<span class="quiet">{_e(f"{name} {_score(value)}")}<br></span>'
         for name, value in each.items()
     )
     return (
@@ -294,6 +294,10 @@ def _sample(row: dict[str, Any], bounds: tuple[float, float]) -> str:
         f"<pre>{_text(row.get('completion'))}</pre>"
         f'<div class="reward"><b>{told}</b>{bar}{parts}</div></div>'
     )
+
+
+def _score(value: Any) -> str:
+    return short(value) if isinstance(value, float) and math.isfinite(value) else _plain(value)
 
 
 def _reward(row: dict[str, Any]) -> float | None:

@@ -59,7 +59,8 @@ def line_chart(curves: Sequence[Curve], limit: int = POINTS) -> Chart:
     """Curves over steps, of at most `limit` points each; numbers not finite mark the foot."""
     finite = [c.series.finite() for c in curves]
     steps = [s for c in curves for s in c.series.steps]
-    across = Axis(*_range([min(steps), max(steps)], pad=0.0), LEFT, WIDTH - RIGHT)
+    first = min(steps) if min(steps) > 0.05 * max(steps) else 0
+    across = Axis(*_range([first, max(steps)], pad=0.0), LEFT, WIDTH - RIGHT)
     low, high, beyond = _robust([v for points in finite for _, v in points])
     up = Axis(low, high, HEIGHT - BOTTOM, TOP)
     parts, drawn, notes = [_frame(across, up, whole_x=True)], [], []

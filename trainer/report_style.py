@@ -49,9 +49,10 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 2px; overflow-wra
 .at { font-weight: 400; white-space: nowrap; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 12.5px; color: var(--quiet);
   overflow-wrap: anywhere; }
-.legend i { display: inline-block; width: 14px; height: 0; border-top: 3px solid; margin-right: 5px;
-  vertical-align: middle; }
+.legend i { display: inline-block; width: 14px; height: 0; vertical-align: middle;
+  border-top: 3px solid var(--c); margin-right: 5px; }
 .legend i.held-out { border-top-style: dotted; }
+.tiles b { white-space: nowrap; }
 .legend output { color: var(--text); font-variant-numeric: tabular-nums; font-weight: 600; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 svg text { font-size: 11px; fill: var(--quiet); font-variant-numeric: tabular-nums; }
@@ -65,7 +66,7 @@ path.bad { stroke: var(--bad); }
 svg:hover .guide { visibility: visible; } .scatter .guide { display: none; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
 .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
-i { border-color: var(--c); } .line { stroke: var(--c); } .dot { fill: var(--c); }
+.line { stroke: var(--c); } .dot { fill: var(--c); }
 .dot.ring { fill: none; stroke-width: 2; } .ring.first { stroke: var(--quiet); }
 .ring.last { stroke: var(--c1); }
 .scroll { overflow-x: auto; padding: 4px 16px 8px; }
