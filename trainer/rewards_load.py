@@ -17,11 +17,13 @@ from typing import Any
 
 from .errors import UserError
 from .loss_flags import nearest
-from .rewards_math import gsm8k
+from .rewards_math import accuracy, gsm8k, math
 from .rewards_text import format, length, repetition, soft_overlong
 
 BUILTINS: dict[str, Callable] = {
     "gsm8k": gsm8k,
+    "math": math,
+    "accuracy": accuracy,
     "format": format,
     "length": length,
     "soft_overlong": soft_overlong,

@@ -1,32 +1,20 @@
-"""Rewards for mathematics: the final answer of a completion against the row's `answer`."""
+"""Rewards for mathematics: the final answer of a completion against the row's reference."""
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
-
+from . import rewards_symbolic as symbolic
+from .errors import UserError
+from .rewards_answers import (
+    BASE,
+    LONGEST,
+    final_answer,
+    final_number,
+    gold_answer,
+    number,
+    spaceless,
+    tidy,
+)
 from .rewards_text import texts
-
-ANSWER = re.compile(r"(?:^|\n)[ \t]*A[ \t]*:|\banswer\b(?:\s+is\b)?\s*[:=]?", re.IGNORECASE)
-NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-)?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
-    r"(?:\s?/\s?(?P<over>\d+(?:\.\d+)?))?"
-)
-LONGEST_NUMBER = 400  # characters; Python refuses to read integers beyond 4300 digits
-TIDY = tuple(
-    (re.compile(pattern), by)
-    for pattern, by in (
-        ("[\u2212\u2013]", "-"),
-        (r"\\[,!;: ]|[\u00a0\u2009\u202f*]", ""),
-        (r"\{,\}", ","),
-        (r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r"\1/\2"),
-        (r"\\?[$€£¥]\s?-\s?(?=[\d.])", "-"),
-        (r"-\s?\\?[$€£¥]\s?(?=[\d.])", "-"),
-        (r"\\?[$€£¥]", " "),
-    )
-)
 
 
 def gsm8k(completions, answer, **_) -> list[float | None]:
@@ -39,47 +27,38 @@ def gsm8k(completions, answer, **_) -> list[float | None]:
     ]
 
 
-def final_number(text: str) -> Fraction | None:
-    """The number a solution ends with, by the clearest mark that it has."""
-    for pattern, by in TIDY:
-        text = pattern.sub(by, text)
-    if "####" in text:
-        return _first(text.rpartition("####")[2])
-    inside = boxed(text)
-    if inside is not None:
-        return _first(inside)
-    for mark in reversed(list(ANSWER.finditer(text))):
-        number = _first(text[mark.end() :].lstrip().partition("\n")[0])
-        if number is not None:
-            return number
-    numbers = list(NUMBER.finditer(text))
-    return _value(numbers[-1]) if numbers else None
+def math(completions, answer, **_) -> list[float | None]:
+    r"""1 where the final answer, \boxed or after "answer is", equals `answer` as mathematics."""
+    if not symbolic.available():
+        raise UserError("the rewards math and accuracy want math-verify: pip install math-verify")
+    return [
+        None if gold is None else float(_solves(text, str(gold)))
+        for text, gold in zip(texts(completions), answer, strict=True)
+    ]
 
 
-def _first(text: str) -> Fraction | None:
-    match = NUMBER.search(text)
-    return _value(match) if match else None
+def accuracy(completions, solution, **_) -> list[float | None]:
+    """The same against `solution`, whose final answer is the reference."""
+    return math(completions, solution)
 
 
-def _value(match: re.Match) -> Fraction | None:
-    if len(match[0]) > LONGEST_NUMBER:
-        return None
-    over = Fraction(match["over"] or 1)
-    if over == 0:
-        return None
-    value = Fraction(match["digits"].replace(",", "") + (match["exponent"] or "")) / over
-    return -value if match["sign"] else value
+def _solves(text: str, gold: str) -> bool:
+    found = final_answer(text)
+    return found is not None and same(gold_answer(gold), found)
 
 
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close, in one pass over the text."""
-    last, opened = None, []
-    for match in re.finditer(r"\\[{}\\]|(\\f?boxed\s*)?\{|\}", text):
-        token = match[0]
-        if token == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                last = text[start : match.start()]
-        elif token.endswith("{") and token != r"\{":
-            opened.append(match.end() if match[1] else None)
-    return last
+def same(gold: str, answer: str) -> bool:
+    """Whether two formulas are the same letters, number, or mathematics."""
+    if max(len(gold), len(answer)) > LONGEST:
+        return gold == answer
+    gold, answer = tidy(gold), tidy(answer)
+    if not answer:
+        return False
+    if spaceless(gold) == spaceless(answer):
+        return True
+    numbers = number(gold), number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if all(BASE.fullmatch(spaceless(text)) for text in (gold, answer)):
+        return False  # numerals like 42_7 whose letters differ
+    return symbolic.equal(gold, answer)

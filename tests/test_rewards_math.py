@@ -1,0 +1,247 @@
+"""Verifiers of mathematics: which answer is found, and which answers are the same."""
+
+import random
+import threading
+import time
+
+import pytest
+
+from prefuse.trainer import rewards_symbolic as symbolic
+from prefuse.trainer.errors import UserError
+from prefuse.trainer.rewards_answers import final_answer, final_number, number, tidy
+from prefuse.trainer.rewards_math import accuracy, gsm8k, math, same
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("16 - 3 = <<16-3=13>>13 left\n#### 13", 13),
+        ("so 5.\n####5 ", 5),
+        ("#### $1,234.50 dollars.", 1234.5),
+        ("#### -7", -7),
+        ("#### - 7", 7),
+        ("#### 2\n#### 3", 3),
+        ("She sells 9 for $2 each.\nA: 18", 18),
+        ("Hence **The answer is: $72$.**", 72),
+        ("The answer is 3/4 of the 8 cakes.", 0.75),
+        ("The final answer is 18. I hope it is correct, on 3 tries.", 18),
+        ("First \\boxed{3}, no: $\\boxed{1{,}004}$ of 2000", 1004),
+        ("\\boxed{\\frac{7}{2}}", 3.5),
+        ("\\boxed{\\$ 18.00} and 4", 18),
+        ("\\boxed{50\\%}", 50),
+        ("it is 12, so they have 16-4=12 of 13.0.", 13),
+        ("x = \u22125", -5),
+        ("-$3 in the end", -3),
+        ("It costs $-3", -3),
+        ("a total of 1.5e3", 1500),
+        (".5", 0.5),
+        ("1,2345", 2345),
+        ("0 or -0", 0),
+        ("5/0", None),
+        ("no number", None),
+        ("9" * 5000, None),
+        ("", None),
+        ("####", None),
+    ],
+)
+def test_the_final_number(text, wanted):
+    assert final_number(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("\\boxed{1}, or \\fbox{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("so \\boxed 7 it is", "7"),
+        ("cut off: \\boxed{1} and \\boxed{\\frac{1}{2}", "1"),
+        ("1 + 1\n#### 2\nthat is all", "2"),
+        ("Final Answer: The final answer is $x^2$. I hope it is correct.", "x^2"),
+        ("The answer is 7.5. Thanks.", "7.5"),
+        ("**Answer:** \\(3\\sqrt{2}\\)", "3\\sqrt{2}"),
+        ("we get $a$ and then $b + 1$.", "b + 1"),
+        ("that makes 12 in all", "12"),
+        ("none", None),
+    ],
+)
+def test_the_final_answer(text, wanted):
+    assert final_answer(text) == wanted
+
+
+SAME = [
+    ("\\frac{1}{2}", "0.5"),
+    ("\\frac12", "\\dfrac{1}{2}"),
+    ("1/2", "\\tfrac{1}{2}"),
+    ("\\frac{3}{6}", "\\frac{1}{2}"),
+    ("-\\frac{1}{8}", "\\frac{-1}{8}"),
+    ("2\\frac58", "2.625"),
+    ("10{,}000", "10,000"),
+    ("11,\\! 111,\\! 111,\\! 100", "11111111100"),
+    ("\\$32,\\!348", "32348"),
+    ("10\\%", "10"),
+    ("18", "\\$18.00"),
+    ("5", "5."),
+    ("5", "x = 5"),
+    ("x=5", "5"),
+    ("0", "-0"),
+    ("90", "90^\\circ"),
+    ("12", "12\\text{ cm}^2"),
+    ("12\\text{ inches}", "12"),
+    ("6", "6 apples"),
+    ("\\text{Evelyn}", "Evelyn"),
+    ("\\text{(C)}", "C"),
+    ("\\text{even}", "\\mathrm{Even}"),
+    ("4210_{7}", "4210_7"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"),
+    ("[-2,7]", "x \\in [-2,7]"),
+    ("(-\\infty, 2) \\cup (3, \\infty)", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("1, 2, 3", "3, 2, 1"),
+    ("\\{1, 2\\}", "\\{2, 1\\}"),
+    ("3\\sqrt{2}", "\\sqrt{18}"),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
+    ("\\frac{3\\sqrt3}{2}", "3\\sqrt{3}/2"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("\\frac{x+2}{7}", "(x+2)/7"),
+    ("2^{10}", "1024"),
+    ("5!", "120"),
+    ("\\binom{5}{2}", "10"),
+    ("y = 2x + 3", "y = 3 + 2x"),
+    ("y=2x+3", "2x + 3"),
+    ("3 + 4i", "4i+3"),
+    ("\\pi", "\\pi "),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    (
+        "\\begin{pmatrix} 1/2 & 0 \\\\ 0 & 1 \\end{pmatrix}",
+        "\\begin{bmatrix} 0.5 & 0 \\\\ 0 & 1 \\end{bmatrix}",
+    ),
+    ("x \\le 3", "x\\leq 3"),
+]
+DIFFERENT = [
+    ("\\frac{1}{2}", "\\frac{1}{3}"),
+    ("5", "-5"),
+    ("4t", "4"),
+    ("4", "4t"),
+    ("12", "1,2"),
+    ("1,234", "1,235"),
+    ("(1, 2)", "(2, 1)"),
+    ("[1, 2]", "(1, 2)"),
+    ("[2, 5)", "[2, 5]"),
+    ("\\sqrt{2}", "2"),
+    ("x^2 + 1", "x^2 - 1"),
+    ("x < 3", "x > 3"),
+    ("3", "3\\sqrt{2}"),
+    ("10", "10\\pi"),
+    ("\\text{Evelyn}", "Briana"),
+    ("\\text{(C)}", "B"),
+    ("1, 2, 3", "1, 2"),
+    ("2^{10}", "1023"),
+    ("0.333", "\\frac{1}{3}"),
+    ("4210_7", "4210_8"),
+    ("3", ""),
+    ("3", "\\frac{3"),
+    ("3", "9^{9^{9^{9^{9}}}}"),
+    ("10", "factorial(factorial(factorial(9)))"),
+    ("6", "__import__('os').getpid()"),
+]
+
+
+@pytest.mark.parametrize("gold, answer", SAME)
+def test_answers_that_are_the_same(gold, answer):
+    assert same(gold, answer) and same(answer, gold)
+
+
+@pytest.mark.parametrize("gold, answer", DIFFERENT)
+def test_answers_that_differ(gold, answer):
+    assert not same(gold, answer)
+
+
+def test_rows_without_a_reference_do_not_apply():
+    assert gsm8k(["2", "#### 4"], ["#### 2", None]) == [1.0, None]
+    assert math(["\\boxed{2}", "2"], ["2", None]) == [1.0, None]
+    completions = [[{"role": "assistant", "content": "so \\boxed{3\\sqrt{2}}"}]] * 2
+    assert accuracy(completions, ["it is \\boxed{\\sqrt{18}}", "\\boxed{4}"]) == [1.0, 0.0]
+
+
+def test_a_verifier_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(symbolic, "available", lambda: False)
+    with pytest.raises(UserError, match="pip install math-verify"):
+        math(["2"], ["2"])
+
+
+def test_text_is_never_executed(tmp_path):
+    """What sympy's parser would run as Python is refused, as an answer and as a reference."""
+    mark = tmp_path / "mark"
+    for text in (
+        f"__import__('pathlib').Path('{mark}').touch()",
+        f"open('{mark}', 'w')",
+        f"\\text{{open('{mark}', 'w')}}",
+        f"sympify(\"open('{mark}','w')\")",
+    ):
+        assert not symbolic.equal("6", text) and not symbolic.equal(text, "6")
+    assert not mark.exists()
+    assert symbolic.equal("\\sqrt{8}", "2\\sqrt{2}")  # the process still answers
+
+
+def test_in_threads_and_after_a_hang():
+    """math-verify's time-outs are signals, which threads do not get: the process has them."""
+    results = []
+    for gold in ("\\sqrt{12}", "9^{9^{9^{9}}}!", "\\sqrt{20}"):
+        run = lambda gold=gold: results.append(symbolic.equal(gold, "2\\sqrt{3}"))  # noqa: E731
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(20)
+    assert results == [True, False, False]
+
+
+LETTERS = "0123456789.,-+*/^_{}[]()$\\ \n=%#:!<>|abAxyπ√∞−½\u00a0\ud800é"
+WORDS = (
+    *("\\boxed{", "\\frac{", "\\frac", "}{", "####", "answer is", "\\sqrt", "\\text{", "\\left("),
+    *(
+        "\\begin{pmatrix}",
+        "\\end{pmatrix}",
+        "\\int",
+        "\\sum_{",
+        "^{",
+        "\\cup",
+        "\\infty",
+        "10^9",
+        "9!",
+    ),
+    *("e", "1e99", "\\$", "\\\\", "&", "\\{", "A:", "\x00", "lambda:", "__import__('os')"),
+)
+
+
+def random_texts(count, seed=0):
+    rng = random.Random(seed)
+    for _ in range(count):
+        pieces = rng.choices((*LETTERS, *WORDS), k=rng.randrange(40))
+        yield "".join(pieces)
+
+
+def test_random_text_neither_raises_nor_hangs():
+    started = time.monotonic()
+    texts = list(random_texts(10_000))
+    assert set(gsm8k(texts, texts)) <= {None, 0.0, 1.0}
+    for text in texts:
+        final_answer(text), number(tidy(text))
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{", "{", "answer is ", "\n ", "1,", "$", "9", "\\text{", "- "]
+)
+def test_long_repetitions_take_linear_time(text):
+    started = time.monotonic()
+    for repeated in (text * 20_000, text * 20_000 + "}" * 20_000):
+        gsm8k([repeated], ["1"])
+        same("1", final_answer(repeated) or "")
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.full
+def test_ten_thousand_random_answers_are_judged():
+    texts = list(random_texts(10_000, seed=1))
+    golds = [tidy(final_answer(text) or text) for text in random_texts(10_000, seed=2)]
+    assert set(math([f"\\boxed{{{text}}}" for text in texts], golds)) <= {0.0, 1.0}
+    assert math(["\\boxed{\\sqrt{8}}"], ["2\\sqrt{2}"]) == [1.0]
