@@ -1,6 +1,9 @@
 """The engines of transformers: exact samples, the model's own log-probs, whatever the batch."""
 
+import importlib.util
 import math
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -10,13 +13,18 @@ from tiny import ATTENTION, scorer_of, sequence, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefuse.trainer import rollout_continuous
 from prefuse.trainer.batch import pack
 from prefuse.trainer.data import Example
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.rollout import Sampling, make_engine
 from prefuse.trainer.rollout_noise import choose, gumbel, row_keys, stream
 
-ENGINES = ("transformers", "generate")
+needs_psutil = pytest.mark.skipif(
+    importlib.util.find_spec("psutil") is None,
+    reason="continuous batching on a CPU needs psutil",
+)
+ENGINES = (pytest.param("transformers", marks=needs_psutil), "generate")
 EOS = (1,)
 
 
@@ -93,6 +101,7 @@ def test_log_probs_are_those_of_the_trainer(engine, temperature):
     assert_close(torch.from_numpy(logp), wanted, rtol=0, atol=1e-5)
 
 
+@needs_psutil
 def test_a_seed_gives_the_same_completions_whatever_the_batch_order_or_engine():
     model, prompts, seeds = policy(), prompts_of(3, 40, 1, 17, 9), [11, 2**63 + 4, -5, 0, 7]
     sampling = Sampling(max_new_tokens=20, eos_token_ids=EOS, top_p=0.95)
@@ -108,6 +117,7 @@ def test_a_seed_gives_the_same_completions_whatever_the_batch_order_or_engine():
         assert tokens_of(alone) == wanted[1:2]
 
 
+@needs_psutil
 def test_a_small_cache_changes_nothing():
     model, prompts = policy(), prompts_of(60, 50, 40, 33)
     sampling = Sampling(max_new_tokens=40, eos_token_ids=EOS)
@@ -209,6 +219,61 @@ def test_sharded_weights_are_gathered(tmp_path):
     assert tokens_of(got) == tokens_of(wanted) != tokens_of(stale)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_twin_of_another_dtype_is_a_copy_that_follows(engine):
+    model, prompts, sampling = policy(), prompts_of(5, 40), Sampling(max_new_tokens=12)
+    sampler = make_engine(engine, model, tiny_tokenizer(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1.0)
+    sampler.update_weights(model)
+    assert sampler.twin.model.dtype == torch.bfloat16 and model.dtype == torch.float32
+    got = sampler.generate(prompts, 2, sampling, [0, 1])
+    for prompt, group in zip(prompts, got, strict=True):
+        for completion in group:
+            tokens = torch.from_numpy(np.concatenate([prompt, completion.tokens]))
+            model.set_attn_implementation("sdpa")
+            with torch.no_grad():
+                logp = model(tokens[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            own = logp.gather(1, torch.from_numpy(completion.tokens)[:, None]).squeeze(1)
+            gap = (own - torch.from_numpy(completion.logp)).abs().max()
+            assert 1e-5 < gap < 0.05  # bfloat16's rounding, no more
+
+
+@needs_psutil
+def test_a_failure_while_sampling_raises_and_leaves_nothing_running(monkeypatch):
+    sampler = make_engine("transformers", policy(), tiny_tokenizer())
+    prompts, sampling = prompts_of(5, 9, 20), Sampling(max_new_tokens=12)
+    wanted = tokens_of(sampler.generate(prompts, 2, sampling, [0, 1, 2]))
+    threads = threading.active_count()
+
+    def fails(*args):
+        raise ValueError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout_continuous, "choose", fails)
+        with pytest.raises(RuntimeError, match="continuous batching failed: no more"):
+            sampler.generate(prompts, 2, sampling, [0, 1, 2])
+    assert threading.active_count() == threads
+    assert tokens_of(sampler.generate(prompts, 2, sampling, [0, 1, 2])) == wanted
+
+
+@needs_psutil
+def test_an_interruption_does_not_wait_for_the_rest(monkeypatch):
+    sampler = make_engine("transformers", policy(), tiny_tokenizer(), max_rows=2)
+    prompts, sampling = prompts_of(5, 9), Sampling(max_new_tokens=100)
+    sampler.generate(prompts, 1, sampling, [0, 1])
+
+    def interrupted(manager, count):
+        manager.get_result(timeout=0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout_continuous, "collect", interrupted)
+    started, threads = time.monotonic(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(prompts, 100, sampling, [0, 1])  # 10,000 steps, most of a minute
+    assert time.monotonic() - started < 10 and threading.active_count() == threads
+
+
 @pytest.mark.parametrize("weight", [0.3, -0.5, 0.5])
 def test_mixtures_sample_from_both_models(weight):
     """Greedy, so that the mixed logits can be followed token by token."""
@@ -230,6 +295,7 @@ def test_mixtures_sample_from_both_models(weight):
     )
 
 
+@needs_psutil
 @pytest.mark.parametrize(
     "family, why",
     [("GPTNeoX", "RuntimeError: continuous batching failed"), ("Bloom", "log-probs are off")],
@@ -246,13 +312,16 @@ def test_a_model_unfit_for_continuous_batching_is_sampled_plainly(family, why):
     assert len(notes) == 1 and why in notes[0] and "plain generate" in notes[0]
 
 
+@needs_psutil
 @pytest.mark.parametrize("family", ["Gemma2", "Mistral"])
 def test_sliding_windows_are_sampled_alike(family):
     model = tiny_model(family, head_dim=8, sliding_window=16)
     prompts, sampling = prompts_of(5, 40), Sampling(max_new_tokens=8)
-    one, other = (make_engine(e, model, tiny_tokenizer()) for e in ENGINES)
-    drawn = [e.generate(prompts, 2, sampling, [0, 1]) for e in (one, other)]
-    assert tokens_of(drawn[0]) == tokens_of(drawn[1])
+    one, other = (
+        make_engine(e, model, tiny_tokenizer()).generate(prompts, 2, sampling, [0, 1])
+        for e in ("transformers", "generate")
+    )
+    assert tokens_of(one) == tokens_of(other)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +343,11 @@ def test_mistakes_are_told(name, options, more, message):
         engine = make_engine(name, policy(), tiny_tokenizer(), **options)
         sampling = Sampling(max_new_tokens=24)
         engine.generate(prompts, given["n"], sampling, given["seeds"] or [0] * len(prompts))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_prompts_give_no_completions(engine):
+    assert make_engine(engine, policy(), tiny_tokenizer()).generate([], 2, Sampling(), []) == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ its logits processors.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -37,10 +38,11 @@ class ContinuousEngine:
         tokenizer,
         *,
         max_rows: int | None = None,
+        dtype: torch.dtype | None = None,
         cache_bytes: int | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ):
-        self.twin = Twin(model, attention_of(model))
+        self.twin = Twin(model, attention_of(model, dtype or model.dtype), dtype)
         self.context = context_of(model)
         self.tokenizer, self.warn = tokenizer, warn
         self.max_rows = max_rows or (256 if model.device.type == "cuda" else 16)
@@ -52,16 +54,21 @@ class ContinuousEngine:
         self, prompts: Sequence[np.ndarray], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         check_request(prompts, n, sampling, seeds, self.context)
+        if len(prompts) == 0:
+            return []
         if not self.proven:
-            self._prove(prompts[0])
+            self._prove(max(prompts, key=len))
         if self.plain is not None:
             return self.plain.generate(prompts, n, sampling, seeds)
-        return grouped(self._sample(requests_of(prompts, n, seeds), sampling), n)
+        return grouped(self._sample(requests_of(prompts, n, seeds), sampling, n), n)
 
     def _prove(self, prompt: np.ndarray) -> None:
         """Whether continuous batching runs this model and gives its own log-probs."""
         self.proven = True
-        prompt = prompt[-(PAGE + 8) :]
+        prompt = prompt[-min(PAGE + 8, (self.context or 2 * PAGE) - 2) :]
+        if self.twin.model.device.type == "cpu" and importlib.util.find_spec("psutil") is None:
+            self._fall_back("on a CPU it needs psutil: pip install psutil")
+            return
         pair = [Request(prompt, 0), Request(prompt[len(prompt) // 2 :], 1)]
         try:
             got = self._sample(pair, Sampling(max_new_tokens=2, temperature=0.0))
@@ -71,17 +78,20 @@ class ContinuousEngine:
         except Exception as error:  # whatever it is, plain generate may still work
             refusal = f"{type(error).__name__}: {error}"
         if refusal:
-            self.warn(
-                f"{type(self.twin.model).__name__} cannot be sampled by continuous batching "
-                f"({refusal}); sampling by plain generate"
-            )
-            self.plain = GenerateEngine(self.twin.model, self.tokenizer)
+            self._fall_back(refusal)
 
-    def _sample(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def _fall_back(self, why: str) -> None:
+        self.warn(
+            f"{type(self.twin.model).__name__} cannot be sampled by continuous batching ({why}); "
+            "sampling by plain generate"
+        )
+        self.plain = GenerateEngine(self.twin.model, self.tokenizer)
+
+    def _sample(self, requests: list[Request], sampling: Sampling, n: int = 1) -> list[Completion]:
         with own_randomness(self.twin.model):  # continuous batching seeds torch for itself
-            return self._run(requests, sampling)
+            return self._run(requests, sampling, n)
 
-    def _run(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def _run(self, requests: list[Request], sampling: Sampling, n: int) -> list[Completion]:
         model: Any = self.twin.model
         longest = max(len(r.prompt) for r in requests) + sampling.max_new_tokens
         rows = min(self.max_rows, len(requests))
@@ -96,7 +106,7 @@ class ContinuousEngine:
         manager.logit_processor = chooser
         manager.start()
         try:
-            for index in range(len(requests)):
+            for index in in_waves(len(requests), n, rows):
                 manager.add_request(
                     requests[index].prompt.tolist(),
                     request_id=str(index),
@@ -123,6 +133,13 @@ class ContinuousEngine:
 
     def close(self) -> None:
         del self.twin, self.plain
+
+
+def in_waves(count: int, n: int, rows: int) -> list[int]:
+    """Prompts that run together, the first completion of each before the second of any: the
+    second then finds its prompt in the cache."""
+    wave = max(rows // n, 1)
+    return sorted(range(count), key=lambda i: (i // n // wave, i % n, i))
 
 
 def collect(manager, count: int) -> list[list[int]]:
@@ -185,11 +202,11 @@ class RequestChooser:
         return table
 
 
-def attention_of(model: PreTrainedModel) -> str:
+def attention_of(model: PreTrainedModel, dtype: torch.dtype) -> str:
     if model.device.type == "cuda" and model._supports_flash_attn:
         from transformers.utils import is_flash_attn_2_available
 
-        if is_flash_attn_2_available() and model.dtype != torch.float32:
+        if is_flash_attn_2_available() and dtype != torch.float32:
             return "flash_attention_2"
     return "sdpa"
 

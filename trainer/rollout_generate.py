@@ -31,8 +31,9 @@ class GenerateEngine:
         *,
         mixture: tuple[PreTrainedModel, float] | None = None,
         max_rows: int | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        self.twin = Twin(model, "sdpa")
+        self.twin = Twin(model, "sdpa", dtype)
         self.context = context_of(model)
         self.max_rows = max_rows or (256 if model.device.type == "cuda" else 128)
         self.pad = tokenizer.pad_token_id or 0
@@ -45,7 +46,7 @@ class GenerateEngine:
                     "mixture: wanted two models of one vocabulary; got "
                     f"{rows[0]} and {rows[1]} tokens; use models with the same tokenizer"
                 )
-            self.other = Twin(other, "sdpa")
+            self.other = Twin(other, "sdpa", dtype)
 
     def generate(
         self, prompts: Sequence[np.ndarray], n: int, sampling: Sampling, seeds: Sequence[int]

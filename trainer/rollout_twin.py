@@ -15,21 +15,25 @@ class Twin:
     """`model`, fit for generation: in evaluation mode, no settings of its own, its own attention.
 
     In one process it *shares* the policy's tensors, so that it follows training at no cost. Sharded
-    weights are gathered into a copy, anew at every `follow`: a collective call.
+    weights are gathered into a copy, anew at every `follow`: a collective call. So is a twin of
+    another dtype a copy.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str):
-        self.attention = attention
+    def __init__(self, model: PreTrainedModel, attention: str, dtype: torch.dtype | None = None):
+        self.attention, self.dtype = attention, dtype or model.dtype
         self.model = self._made_from(model)
 
     def follow(self, model: PreTrainedModel) -> None:
-        if is_sharded(model):
+        if self._copies(model):
             _copy_weights(model, self.model)
         elif not _shares(model, self.model):
             self.model = self._made_from(model)
 
+    def _copies(self, model: PreTrainedModel) -> bool:
+        return is_sharded(model) or model.dtype != self.dtype
+
     def _made_from(self, model: PreTrainedModel) -> PreTrainedModel:
-        twin = _gathered(model) if is_sharded(model) else _sharing(model)
+        twin = _copied(model, self.dtype) if self._copies(model) else _sharing(model)
         twin.set_attn_implementation(self.attention if twin._supports_sdpa else "eager")
         twin.config.use_cache = True
         twin.generation_config = GenerationConfig()  # a model's own would change the sampling
@@ -54,10 +58,10 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(t): t for t in _tensors(model)})
 
 
-def _gathered(model: PreTrainedModel) -> PreTrainedModel:
+def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     with own_randomness(model):  # for the weights it starts with
-        twin = type(model)._from_config(config, dtype=model.dtype)
+        twin = type(model)._from_config(config, dtype=dtype)
     twin.to(model.device)  # type: ignore[arg-type]
     twin.requires_grad_(False)
     _copy_weights(model, twin)
