@@ -11,7 +11,7 @@ from tiny import pair_rows, write_model, write_rows
 
 from prefuse.trainer.cli import main
 from prefuse.trainer.report_html import write_report
-from prefuse.trainer.report_plot import moving_mean, thin
+from prefuse.trainer.report_plot import Axis, labelled, moving_mean, thin
 
 VOID = {"meta", "br", "path", "circle"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'\x00\u202e"
@@ -158,6 +158,7 @@ def test_nothing_in_the_folder_is_trusted(tmp_path):
         ([{"step": 1, "loss": None}, {"step": 2, "loss": "x"}, {"step": 3, "loss": 1}], "2 of 3"),
         ([{"step": 1, "loss": 1e308}, {"step": 2, "loss": 10**400}], "not a finite number in 2"),
         ([{"step": s, "kl": 0.0, "reward": 0.0} for s in range(50)], "Reward against KL"),
+        ([{"step": 1, "grad_norm": 0.0}] * 2, "nothing was learned"),
         ([{"step": 1, "kl": 0.0}, {"step": 2, "reward": 1.0}], "KL to the reference"),
         ([{"step": 1, "loss": 5e-324}, {"step": 2, "loss": -5e-324}], "Loss"),
         (
@@ -208,6 +209,21 @@ def test_a_long_run_is_small_and_says_that_it_is_thinned(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
     assert "thinned to at most 240 points" in shown(page) and "7000 more characters" in shown(page)
     assert "12 of the 500 in samples.jsonl" in shown(page)
+
+
+@pytest.mark.parametrize(
+    "low, high, wanted",
+    [
+        (0.0, 1.06, ["0", "0.5", "1"]),
+        (-0.33, -0.31, ["-0.33", "-0.325", "-0.32", "-0.315", "-0.31"]),
+        (1.1e-6, 1.2e-6, ["1.1e-06", "1.125e-06", "1.15e-06", "1.175e-06", "1.2e-06"]),
+        (0, 10_000, ["0", "2500", "5000", "7500", "10k"]),
+        (0, 1.9e6, ["0", "500k", "1M", "1.5M"]),
+        (1, 1.0001, ["1", "1.000025", "1.00005", "1.000075", "1.0001"]),
+    ],
+)
+def test_ticks_are_round_and_told_apart(low, high, wanted):
+    assert [label for _, label in labelled(Axis(low, high, 0, 1).ticks(4))] == wanted
 
 
 def test_thinning_keeps_ends_and_extremes():

@@ -108,7 +108,9 @@ def _progress(run: Run) -> Iterator[Check]:
 def _limits(run: Run) -> Iterator[Check]:
     limit = run.config.get("max_grad_norm")
     norms = run.metrics["grad_norm"].finite() if "grad_norm" in run.metrics else []
-    if norms and isinstance(limit, (int, float)) and limit > 0:
+    if norms and not any(v for _, v in norms):
+        yield Check("bad", "The gradient was 0 in every logged step: nothing was learned.")
+    elif norms and isinstance(limit, (int, float)) and limit > 0:
         over = sum(v > limit for _, v in norms)
         text = f"Gradient norm above its limit of {limit:g} in {over} of {len(norms)} logged steps"
         yield Check("warn" if over > len(norms) / 2 else "good", f"{text}.")

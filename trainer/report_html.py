@@ -8,61 +8,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
-import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .flags import CONFIGS
 from .report_checks import checks, ends, is_guard, planned
-from .report_plot import (
-    COLOURS,
-    LEFT,
-    POINTS,
-    RIGHT,
-    WIDTH,
-    Chart,
-    Curve,
-    line_chart,
-    scatter_chart,
-    short,
-)
+from .report_figures import CHARTS, SPEED, Figures, escape
+from .report_plot import short
 from .report_run import Run, Series, number, read_run
 from .report_style import SCRIPT, STYLE
 
 SAMPLED_STEPS, SAMPLES_A_STEP, TEXT = 12, 6, 2000
 
-# titles, and the metrics (without eval_) that share the chart; the rest get one each
-CHARTS = {
-    "Reward": r"reward",
-    "KL to the reference": r"kl",
-    "Loss": r"loss",
-    "Accuracy": r"(rewards|costs|similarities|verdicts)/(sign_)?accurac(y|ies)|accuracy",
-    "Margin": r"(rewards|verdicts)/margins?|margin",
-    "Rewards of the two": r"rewards/(chosen|rejected)",
-    "Log-probs of the two": r"logps/(chosen|rejected)",
-    "Token accuracy": r"mean_token_accuracy",
-    "Mean of each reward": r"rewards/.+/mean",
-    "Spread of rewards": r"reward_std|rewards/.+/std",
-    "Completion length, tokens": r"completions/.*length",
-    "Shares of completions": r"completions/(clipped_ratio|trained_on)|frac_reward_zero_std",
-    "Entropy, nats a token": r"entropy",
-    "Clip ratio": r"clip_ratio(/.*)?|cispo_clip_ratio",
-    "KL to the policy that sampled": r"policy/approx_kl",
-    "Train/rollout log-prob gap": r"sampling/.*logp_difference(/.*)?",
-    "Train/rollout importance ratio": r"sampling/importance_sampling_ratio(/.*)?",
-    "Learning rate": r"learning_rate",
-    "Gradient norm": r"grad_norm",
-}
-SPEED = {
-    "Tokens a second": r"(.+_)?tokens_per_second",
-    "Memory, GiB": r"memory_gib|memory/.*",
-    "Seconds of each phase": r"time/.*|(.+_)?(runtime|seconds)",
-}
 # the numbers at the top: name, title, which direction is good
 TILES = (
     ("reward", "reward", 1),
@@ -99,7 +62,7 @@ def page(run: Run) -> str:
         _section("Other metrics", figures.others()),
         _every_metric(run),
         _settings(run),
-        f'<p class="quiet">{_e(_reading(figures))}</p>',
+        f'<p class="quiet">{escape(_reading(figures))}</p>',
     ]
     points = json.dumps(figures.points, separators=(",", ":"), allow_nan=False)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -108,78 +71,11 @@ def page(run: Run) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_e(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(x for x in body if x)
         + f'\n</main><script type="application/json" id="points">{points}</script>'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-
-
-class Figures:
-    """Draws each metric once, in the first chart that wants it; gathers what hovering reads."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.points: list[dict[str, Any]] = []
-        self.bases = dict.fromkeys(name.removeprefix("eval_") for name in run.metrics)
-        self.drawn: set[str] = set()
-        self.limit = max(40, min(POINTS, 12_000 // max(1, len(run.metrics))))
-        self.thinned = any(len(s.steps) > self.limit for s in run.metrics.values())
-
-    def grid(self, charts: dict[str, str], reward_against_kl: bool = False) -> str:
-        parts = []
-        for title, pattern in charts.items():
-            names = [n for n in self.bases if re.fullmatch(pattern, n) and n not in self.drawn]
-            parts += [self.lines(title, names[i : i + COLOURS]) for i in range(0, len(names), 6)]
-            if reward_against_kl and title == "Reward":
-                parts += self.scatter()
-        self.drawn |= {n for n in self.bases if any(re.fullmatch(p, n) for p in charts.values())}
-        return f'<div class="charts">{"".join(parts)}</div>' if parts else ""
-
-    def others(self) -> str:
-        claimed = "|".join(f"(?:{p})" for p in (*CHARTS.values(), *SPEED.values()))
-        names = [n for n in self.bases if not re.fullmatch(claimed, n)]
-        parts = "".join(self.lines(name, [name]) for name in names)
-        return f'<div class="charts small">{parts}</div>' if parts else ""
-
-    def lines(self, title: str, names: list[str]) -> str:
-        curves, legend, alone = [], [], len(names) == 1
-        for colour, base in enumerate(names):
-            for name, held_out in ((base, False), (f"eval_{base}", True)):
-                if name not in self.run.metrics:
-                    continue
-                colour += held_out and alone
-                curves.append(Curve(self.run.metrics[name], colour, held_out))
-                label = base + " held out" * held_out
-                legend.append((colour, held_out, label, self.run.last(name)))
-        return self._figure(title, line_chart(curves, self.limit), legend)
-
-    def scatter(self) -> list[str]:
-        """Reward against KL over the steps that logged both."""
-        if not {"reward", "kl"} <= self.run.metrics.keys():
-            return []
-        kl = dict(self.run.metrics["kl"].finite())
-        points = [(s, kl[s], v) for s, v in self.run.metrics["reward"].finite() if s in kl]
-        if not points:
-            return []
-        _, x, y = points[-1]
-        legend = [(0, False, "KL (across)", x), (0, False, "reward (up); darker is later", y)]
-        return [self._figure("Reward against KL", scatter_chart(points), legend)]
-
-    def _figure(self, title: str, chart: Chart, legend: list) -> str:
-        edges = {"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT}
-        self.points.append({"curves": chart.curves, "x": chart.x, **edges})
-        items = "".join(
-            f'<span><i class="s{colour % COLOURS}{" held-out" * held_out}"></i>{_e(label)} '
-            f"<output>{'–' if value is None else short(value)}</output></span>"
-            for colour, held_out, label, value in legend
-        )
-        notes = "".join(f'<div class="quiet">{_e(note)}</div>' for note in chart.notes)
-        return (
-            f'<figure data-chart="{len(self.points) - 1}"><figcaption>{_e(title)}'
-            f'<span class="at quiet">step {chart.last}</span></figcaption>'
-            f'{chart.svg}<div class="legend">{items}</div>{notes}</figure>'
-        )
 
 
 def _title(run: Run) -> str:
@@ -197,9 +93,9 @@ def _header(run: Run, title: str) -> str:
         if key in run.config:
             told.append(f"{label} {run.config[key]}")
     return (
-        f'<header><h1>{_e(title)}</h1><span class="chip {mark}">{state}</span>'
-        f'<span class="quiet">{_e(progress)}</span></header>'
-        f'<p class="quiet">{_e(" · ".join(told))}</p>'
+        f'<header><h1>{escape(title)}</h1><span class="chip {mark}">{state}</span>'
+        f'<span class="quiet">{escape(progress)}</span></header>'
+        f'<p class="quiet">{escape(" · ".join(told))}</p>'
     )
 
 
@@ -227,8 +123,8 @@ def _tiles(run: Run) -> str:
 
 
 def _tile(title: str, value: str, note: str, mark: str = "") -> str:
-    spans = f'<span class="quiet">{_e(title)}</span><b class="{mark}">{_e(value)}</b>'
-    return f'<div>{spans}<span class="quiet">{_e(note) or "&nbsp;"}</span></div>'
+    spans = f'<span class="quiet">{escape(title)}</span><b class="{mark}">{escape(value)}</b>'
+    return f'<div>{spans}<span class="quiet">{escape(note) or "&nbsp;"}</span></div>'
 
 
 def _time(run: Run) -> tuple[float, float]:
@@ -247,7 +143,7 @@ def _clock(seconds: float) -> str:
 
 
 def _checks(run: Run) -> str:
-    items = "".join(f'<li class="{mark}">{_e(text)}</li>' for mark, text in checks(run))
+    items = "".join(f'<li class="{mark}">{escape(text)}</li>' for mark, text in checks(run))
     return f'<ul class="checks card">{items}</ul>'
 
 
@@ -270,7 +166,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
         mean = f" · mean reward {short(sum(told) / len(told))}" if told else ""
         cards = "".join(_sample(row, bounds) for row in rows)
         is_open = " open" if step in (steps[0], steps[-1]) else ""
-        head = f'<summary>step {step}<span class="quiet">{_e(mean)}</span></summary>'
+        head = f'<summary>step {step}<span class="quiet">{escape(mean)}</span></summary>'
         parts.append(f'<details class="card"{is_open}>{head}{cards}</details>')
     note = f'<p class="quiet">{shown} of the {len(samples)} in samples.jsonl.</p>'
     return _section("Completions over time", "".join(parts) and note + "".join(parts))
@@ -286,7 +182,7 @@ def _sample(row: dict[str, Any], bounds: tuple[float, float]) -> str:
     each = row.get("rewards")
     each = each if isinstance(each, dict) and len(each) > 1 else {}
     parts = "".join(
-        f'<span class="quiet">{_e(f"{name} {_score(value)}")}<br></span>'
+        f'<span class="quiet">{escape(f"{name} {_score(value)}")}<br></span>'
         for name, value in each.items()
     )
     return (
@@ -309,7 +205,7 @@ def _text(value: Any) -> str:
     """A prompt or completion: text, or messages."""
     if isinstance(value, list) and all(isinstance(m, dict) and "content" in m for m in value):
         value = "\n".join(f"[{m.get('role', '')}] {_plain(m['content'])}" for m in value)
-    return _e(_cut(_plain(value)))
+    return escape(_cut(_plain(value)))
 
 
 def _guards(run: Run) -> str:
@@ -348,14 +244,20 @@ def _every_metric(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    config = [(str(key), _cut(_plain(value))) for key, value in run.config.items()]
     versions = [(str(key), _cut(_plain(value))) for key, value in run.versions.items()]
-    known = bool(run.versions)
-    return (
-        _section("Versions", f'<div class="card">{_table((), versions)}</div>' if known else "")
-        + _section("Configuration", "" if not config else " ")
-        + _details(f"{len(config)} settings", _table((), config) if config else "")
-    )
+    known = CONFIGS.get(str(run.config.get("method")))
+    defaults = {f.name: f.default for f in fields(known)} if known else {}
+    everything, chosen = [], []
+    for key, value in run.config.items():
+        everything.append((str(key), _cut(_plain(value))))
+        if key != "method" and (key not in defaults or value != defaults[key]):
+            chosen.append(everything[-1])
+    some = f'<div class="card">{_table((), chosen)}</div>' if known and chosen else ""
+    note = '<p class="quiet">Hyperparameters, and what differs from the defaults.</p>'
+    whole = _details(f"All {len(everything)} settings", _table((), everything))
+    return _section(
+        "Versions", f'<div class="card">{_table((), versions)}</div>' if versions else ""
+    ) + _section("Configuration", (some and note + some) + whole if everything else "")
 
 
 def _reading(figures: Figures) -> str:
@@ -367,20 +269,20 @@ def _reading(figures: Figures) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_e(title)}</h2>{content}</section>" if content else ""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
 def _details(title: str, content: str) -> str:
     if not content:
         return ""
-    return f'<details class="card"><summary>{_e(title)}</summary>{content}</details>'
+    return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'
 
 
 def _table(head: tuple[str, ...], rows: list) -> str:
     def row(cells, tag: str) -> Iterator[str]:
         for i, cell in enumerate(cells):
             kind = "key" if not i else "number" if head else "value"
-            yield f'<{tag} class="{kind}">{_e(str(cell))}</{tag}>'
+            yield f'<{tag} class="{kind}">{escape(str(cell))}</{tag}>'
 
     lines = ([f"<tr>{''.join(row(head, 'th'))}</tr>"] if head else []) + [
         f"<tr>{''.join(row(cells, 'td'))}</tr>" for cells in rows
@@ -399,9 +301,3 @@ def _plain(value: Any) -> str:
 def _cut(text: str) -> str:
     more = len(text) - TEXT
     return text if more <= 0 else f"{text[:TEXT]}… ({more} more characters)"
-
-
-def _e(text: str) -> str:
-    """Escaped; control characters, which HTML forbids, as their pictures."""
-    pictures = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}
-    return html.escape(text.translate(pictures), quote=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .report_run import Series
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 24
 POINTS = 240  # at most so many of a curve are drawn
 SMOOTH_FROM = 40  # a curve with so many points gets a moving mean
 COLOURS = 6
@@ -170,22 +170,27 @@ def _range(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
 def _frame(across: Axis, up: Axis, *, whole_x: bool) -> str:
     """Grid lines and numbers."""
     parts = []
-    for tick in up.ticks(4):
+    for tick, label in labelled(up.ticks(4)):
         y = up.at(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{_tick(tick)}</text>')
-    for tick in across.ticks(4):
-        if whole_x and tick != int(tick):
-            continue
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{label}</text>')
+    ticks = [t for t in across.ticks(4) if not whole_x or t == int(t)]
+    for tick, label in labelled(ticks):
         x, foot = across.at(tick), HEIGHT - BOTTOM
         parts.append(f'<path class="tick" d="M{x:.1f} {foot}v4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" class="middle">{_tick(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" class="middle">{label}</text>')
     return "".join(parts)
 
 
-def _tick(value: float) -> str:
-    text = short(value)
-    return f"{value:.2g}" if len(text) > 7 else text
+def labelled(ticks: list[float]) -> list[tuple[float, str]]:
+    """With as many digits as tell them apart."""
+    texts: list[str] = []
+    for digits in range(1, 12):
+        texts = [f"{tick:.{digits}g}" for tick in ticks]
+        if all(math.isclose(float(x), t, rel_tol=1e-9) for x, t in zip(texts, ticks, strict=True)):
+            break
+    whole = [short(t) if abs(t) >= 1 and "e" in x else x for t, x in zip(ticks, texts, strict=True)]
+    return list(zip(ticks, whole, strict=True))
 
 
 def _path(points: Points, across: Axis, up: Axis, kind: str) -> str:

@@ -23,7 +23,7 @@ h2 { font-size: 17px; margin: 34px 0 12px; }
 .chip.warn { color: var(--warn); background: var(--warn-soft); }
 .chip.bad { color: var(--bad); background: var(--bad-soft); }
 .quiet { color: var(--quiet); font-size: 13px; }
-p.quiet { margin: 6px 0 0; overflow-wrap: anywhere; }
+p.quiet { margin: 6px 0 8px; overflow-wrap: anywhere; }
 .tiles { display: grid; gap: 12px; margin-top: 20px;
   grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); }
 .card, .tiles > div, figure { background: var(--card); border: 1px solid var(--rule);
@@ -75,11 +75,12 @@ th { text-align: left; font-weight: 600; color: var(--quiet); }
 th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.key { white-space: nowrap; } td.value { overflow-wrap: anywhere; white-space: pre-wrap; }
+td.key { white-space: nowrap; }
+td.value { width: 100%; overflow-wrap: anywhere; white-space: pre-wrap; }
 tr.warn td { color: var(--warn); font-weight: 600; }
 details > summary { cursor: pointer; font-weight: 600; padding: 10px 16px; }
 details.card { margin-top: 12px; overflow: hidden; }
-.two { display: grid; gap: 0 24px; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
+.two { display: grid; gap: 0 24px; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
 .sample { border-top: 1px solid var(--rule); padding: 10px 16px; display: grid; gap: 4px 18px;
   grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) minmax(84px, auto); }
 .sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
