@@ -70,12 +70,12 @@ class Window:
 
     def set(self, name: str, values: Tensor) -> None:
         """A column, from numbers of every token [M]."""
-        self.columns[name] = values.detach().float().cpu().numpy()
+        self.columns[name] = values.detach().cpu().numpy()
 
     def spread(self, name: str, values: Tensor) -> None:
         """A column from a number of every completion [S]; 0 for NaN."""
         lengths = self.cu_seqlens.diff().long()
-        self.set(name, values.nan_to_num(nan=0.0).repeat_interleave(lengths))
+        self.set(name, values.float().nan_to_num(nan=0.0).repeat_interleave(lengths))
 
     def _example(self, members: list[int]) -> Example:
         prompt, bounds = self.prompt_of(members[0]), self.cu_seqlens.tolist()

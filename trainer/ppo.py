@@ -35,9 +35,10 @@ class Critic(nn.Module):
         self.model, self.layout = model, layout
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[M], float32."""
+        """[M], float32; float64 of a float64 model."""
         rows = hidden_states(self.model, self.layout, batch)[batch.score_rows]
-        return self.model.score(rows).float().squeeze(-1)
+        values = self.model.score(rows).squeeze(-1)
+        return values if values.dtype == torch.float64 else values.float()
 
 
 class ActorCritic(nn.Module):
@@ -86,15 +87,17 @@ def ppo(config: PPOConfig, policy: Method, reduce: Reduce) -> Learner:
     def batches(window: Window, judged: Judged) -> list[list[Example]]:
         column: Callable[[str], Tensor] = lambda name: torch.from_numpy(window.columns[name])  # noqa: E731
         logps = (column("old_logp"), column("ref_logp")) if config.beta else ()
-        rewards = judged.rewards.float().nan_to_num(nan=0.0)
+        values = column("values")
+        rewards = judged.rewards.to(values.dtype).nan_to_num(nan=0.0)
         found = shaped_gae(
             at_ends(rewards, judged.cu_seqlens, judged.tokens),
-            column("values"),
+            values,
             judged.cu_seqlens,
             *logps,
             kl_coef=config.beta,
             gamma=config.gamma,
             lam=config.lam,
+            impl="reference" if values.dtype == torch.float64 else "auto",  # which keeps float64
         )
         white = whiten(found.advantages, reduce(found.statistics))
         warm = window.number >= config.critic_warmup_windows

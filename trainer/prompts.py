@@ -12,6 +12,8 @@ from .data import kind_of, require_columns, tokenize
 from .errors import UserError
 from .rows import Row
 
+NAMES = ("prompt", "question", "problem")
+
 
 class Prompt(NamedTuple):
     """A row: its tokens, what a reward is given as its prompt, and its other columns."""
@@ -40,22 +42,26 @@ class PromptLedger:
 def load_prompts(
     rows: list[Row], tokenizer, max_length: int | None
 ) -> tuple[list[Prompt], PromptLedger]:
-    """`prompt` rows, text or conversations; a conversation ends with the generation prompt."""
+    """`prompt` rows, text or conversations; a conversation ends with the generation prompt.
+
+    Where no row has a `prompt`, `question` (GSM8K) or `problem` (MATH) is taken for it.
+    """
+    column = next((n for n in NAMES if any(n in row.columns for row in rows)), "prompt")
     ledger = PromptLedger(rows=len(rows))
     prompts: list[Prompt] = []
     for row in rows:
-        require_columns(row, ("prompt",))
-        if not row.columns["prompt"]:
-            raise UserError(f"{row.where}: 'prompt' is empty; fill or remove the row")
-        kind_of(row, "prompt")
-        prompt = row.columns["prompt"]
+        require_columns(row, (column,))
+        if not row.columns[column]:
+            raise UserError(f"{row.where}: {column!r} is empty; fill or remove the row")
+        kind_of(row, column)
+        prompt = row.columns[column]
         tokens = np.asarray(
             tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0], dtype=np.int64
         )
         if max_length is not None and len(tokens) > max_length:
             ledger.too_long += 1
             continue
-        others = {k: v for k, v in row.columns.items() if k != "prompt"}
+        others = {k: v for k, v in row.columns.items() if k != column}
         prompts.append(Prompt(len(prompts), tokens, prompt, others, row.where))
         ledger.kept += 1
         ledger.tokens += len(tokens)

@@ -1,0 +1,112 @@
+"""`prefuse ppo`'s step against PPO written out in plain PyTorch, in float64."""
+
+import numpy as np
+import torch
+from tiny import in_float64, scorer_of, tiny_model
+from torch.testing import assert_close
+from transformers import LlamaForSequenceClassification
+
+from prefuse.trainer import loop
+from prefuse.trainer.attention import ATTENTION
+from prefuse.trainer.dist import Ranks
+from prefuse.trainer.experience import Window
+from prefuse.trainer.learners import judged_by
+from prefuse.trainer.online_config import PPOConfig
+from prefuse.trainer.ppo import ActorCritic, Critic, ppo, ppo_method
+from prefuse.trainer.prompts import Prompt
+from prefuse.trainer.report import Meter
+from prefuse.trainer.rollout import Completion
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+BETA, GAMMA, LAM, EPSILON, CLIP_VALUE, VF = 0.3, 0.97, 0.9, 0.2, 0.1, 0.7
+
+
+def plain(model, critic, prompt, completion):
+    """Log-probs of a completion's tokens and the values before them, by the models' own forward."""
+    ids, start = torch.tensor([[*prompt, *completion]]), len(prompt)
+    logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+    logp = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)[start - 1 :]
+    hidden = critic.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+    return logp, critic.score(hidden)[0, start - 1 : -1, 0]
+
+
+def reference(actor, critic, old, ref, rows, rewards):
+    """The loss of PPO: GAE by its recursion, whitening by its definition."""
+    advantages, returns, olds = [], [], []
+    with torch.no_grad():
+        for (prompt, completion), reward in zip(rows, rewards, strict=True):
+            logp, values = plain(*old, prompt, completion)
+            penalty = BETA * (logp - plain(*ref, prompt, completion)[0])
+            carried, found = 0.0, []
+            for t in reversed(range(len(completion))):
+                last = t == len(completion) - 1
+                following = 0.0 if last else values[t + 1]
+                paid = (reward if last else 0.0) - penalty[t]
+                delta = paid + GAMMA * following - values[t]
+                carried = delta + GAMMA * LAM * carried
+                found.insert(0, carried)
+            advantages.append(torch.stack(found))
+            returns.append(advantages[-1] + values)
+            olds.append((logp, values))
+    every = torch.cat(advantages)
+    total, count = 0.0, len(every)
+    for (prompt, completion), advantage, target, (old_logp, old_values) in zip(
+        rows, advantages, returns, olds, strict=True
+    ):
+        advantage = (advantage - every.mean()) / (every.var() + 1e-8).sqrt()
+        logp, values = plain(actor, critic, prompt, completion)
+        ratio = (logp - old_logp).exp()
+        clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+        policy = -torch.minimum(ratio * advantage, clipped * advantage)
+        held = old_values + (values - old_values).clamp(-CLIP_VALUE, CLIP_VALUE)
+        value = torch.maximum((values - target) ** 2, (held - target) ** 2) / 2
+        total = total + (policy + VF * value).sum()
+    return total / count
+
+
+def critic_model(seed: int):
+    config = tiny_model(pad_token_id=0).config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return in_float64(LlamaForSequenceClassification(config))
+
+
+def test_a_step_in_float64():
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(3, 40, 4), rng.integers(3, 40, n)) for n in (5, 1, 7, 3)]
+    rewards = [1.0, 0.25, -0.5, 0.0]
+    models = {name: in_float64(tiny_model(seed=k)) for k, name in enumerate(("old", "new", "ref"))}
+    critics = {name: critic_model(k) for k, name in enumerate(("old", "new"))}
+    old, ref = (models["old"], critics["old"]), (models["ref"], critics["old"])
+    wanted = reference(models["new"], critics["new"], old, ref, rows, rewards)
+    wanted.backward()
+    parameters = [p for m in (models["new"], critics["new"].model) for p in m.parameters()]
+    expected = [p.grad.clone() for p in parameters if p.grad is not None]
+    for p in parameters:
+        p.grad = None
+
+    config = PPOConfig(
+        "m", "d", "o", reward_funcs=["x"], bf16=False, beta=BETA, gamma=GAMMA, lam=LAM,
+        vf_coef=VF, cliprange_value=CLIP_VALUE,
+    )  # fmt: skip
+    config.hyperparameters.update(epsilon=EPSILON)
+    window = Window(
+        [Prompt(i, prompt, "", {}, "") for i, (prompt, _) in enumerate(rows)],
+        [Completion(tokens, np.zeros(len(tokens)), True) for _, tokens in rows],
+        each=1,
+        micro_rows=3,
+    )
+    for name, part in (("old_logp", 0), ("values", 1)):
+        window.set(name, torch.cat([plain(*old, *row)[part] for row in rows]))
+    window.set("ref_logp", torch.cat([plain(*ref, *row)[0] for row in rows]))
+    scores = torch.tensor(rewards, dtype=torch.float64)
+    judged = judged_by(window, config, scores[:, None], scores, np.ones(1), lambda x: x)
+    learner = ppo(config, ppo_method(config), lambda x: x)
+    batches = learner.batches(window, judged)
+    critics["new"].set_attn_implementation(ATTENTION)
+    both = ActorCritic(scorer_of(models["new"]), Critic(critics["new"], "shared"))
+    losses = loop.backward(config, learner.method, both, batches, ALONE, Meter(ALONE))
+    assert_close(torch.stack(losses).sum() / sum(len(c) for _, c in rows), wanted.detach())
+    got = [p.grad for p in parameters if p.grad is not None]
+    for grad, exact in zip(got, expected, strict=True):
+        assert_close(grad, exact, rtol=1e-9, atol=1e-12)
