@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -253,6 +254,7 @@ def test_every_run_ends_with_a_page_that_can_be_made_again(tmp_path, capsys):
     text = shown(Page(first.decode()))
     assert "3 of 3 steps" in text and "12 of 13 rows kept; 1 identical" in text
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.1 < last["memory_gib"] < 1000 or sys.platform != "linux"
     assert all(f"{value:.6g}" in text for value in last.values())
     (out / "report.html").unlink()
     main(["report", str(out)])
@@ -260,3 +262,19 @@ def test_every_run_ends_with_a_page_that_can_be_made_again(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
     assert "report: wanted one run's folder" in capsys.readouterr().err
+
+
+def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path):
+    """Also the half of a line that a kill left."""
+    model, data = write_model(tmp_path / "model"), write_rows(tmp_path / "r.jsonl", pair_rows(12))
+    out = tmp_path / "out"
+    argv = ["dpo", f"--model_name_or_path={model}", f"--dataset_name={data}", "--disable_tqdm"]
+    argv += [f"--output_dir={out}", "--logging_steps=1", "--lr_scheduler_type=constant"]
+    main([*argv, "--max_steps=3", "--save_steps=2"])
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    (out / "samples.jsonl").write_text('{"step": 2}\n{"step": 3}\n{"step": 4, "pro')
+    main([*argv, "--max_steps=4", "--resume_from_checkpoint=true"])
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert (out / "samples.jsonl").read_text() == '{"step": 2}\n'

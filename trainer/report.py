@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -182,9 +183,18 @@ class Meter:
         values = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
         values["num_tokens"] = tokens
         values["tokens_per_second"] = tokens / (time.perf_counter() - self.started)
-        if torch.cuda.is_available():
-            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return values
+        return {**values, **peak_memory()}
+
+
+def peak_memory() -> dict[str, float]:
+    """Of this rank's GPU, or of its process; nothing where the system does not tell."""
+    if torch.cuda.is_available():
+        return {"memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if sys.platform != "linux":
+        return {}
+    import resource
+
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # from KiB
 
 
 def _shown(values: dict[str, float]) -> list[str]:

@@ -113,7 +113,7 @@ def _limits(run: Run) -> Iterator[Check]:
     elif norms and isinstance(limit, (int, float)) and limit > 0:
         over = sum(v > limit for _, v in norms)
         text = f"Gradient norm above its limit of {limit:g} in {over} of {len(norms)} logged steps"
-        yield Check("warn" if over > len(norms) / 2 else "good", f"{text}.")
+        yield Check("warn" if over > 0.9 * len(norms) else "good", f"{text}.")
     found = ends(run.metrics["entropy"]) if "entropy" in run.metrics else None
     if found and "reward" in run.metrics:
         first, last = found

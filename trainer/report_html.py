@@ -118,7 +118,8 @@ def _tiles(run: Run) -> str:
         parts.append(_tile("speed", f"{short(tokens / seconds)}", "tokens a second"))
     memory = [v for _, v in run.metrics.get("memory_gib", Series([], [])).finite()]
     if memory:
-        parts.append(_tile("peak memory", f"{short(max(memory))} GiB", "of the accelerator"))
+        whose = "of the process" if run.versions.get("device") == "cpu" else "of the GPU"
+        parts.append(_tile("peak memory", f"{short(max(memory))} GiB", whose))
     return f'<div class="tiles">{"".join(parts)}</div>' if parts else ""
 
 

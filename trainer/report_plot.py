@@ -161,6 +161,8 @@ def _robust(values: list[float]) -> tuple[float, float, str]:
 def _range(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low <= max(1e-300, 1e-9 * max(abs(low), abs(high))):
+        if not low:
+            return -pad, 1.0
         width = 0.1 * abs(low) if abs(low) > 1e-290 else 1.0
         return low - width, high + width
     margin = pad * (high - low)
