@@ -103,6 +103,7 @@ class Figures:
         return [self._figure("Reward against KL", scatter_chart(points), legend)]
 
     def _figure(self, title: str, chart: Chart, legend: list) -> str:
+        svg = chart.svg.replace("<svg ", f'<svg aria-label="{escape(title)}" ', 1)
         edges = {"width": WIDTH, "left": LEFT, "right": WIDTH - RIGHT}
         self.points.append({"curves": chart.curves, "x": chart.x, **edges})
         items = "".join(
@@ -114,7 +115,7 @@ class Figures:
         return (
             f'<figure data-chart="{len(self.points) - 1}"><figcaption>{escape(title)}'
             f'<span class="at quiet">step {chart.last}</span></figcaption>'
-            f'{chart.svg}<div class="legend">{items}</div>{notes}</figure>'
+            f'{svg}<div class="legend">{items}</div>{notes}</figure>'
         )
 
 
