@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import UserError
 from .loss_flags import nearest
+from .rewards_code import code
 from .rewards_math import accuracy, gsm8k, math
 from .rewards_text import format, length, repetition, soft_overlong
 
@@ -24,6 +25,7 @@ BUILTINS: dict[str, Callable] = {
     "gsm8k": gsm8k,
     "math": math,
     "accuracy": accuracy,
+    "code": code,
     "format": format,
     "length": length,
     "soft_overlong": soft_overlong,

@@ -1,0 +1,134 @@
+"""Programs run against tests, and what they may not do."""
+
+import socket
+import time
+
+import pytest
+
+from prefuse.trainer import rewards_code
+from prefuse.trainer.errors import UserError
+from prefuse.trainer.rewards_code import code, program, run
+
+ADD = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+ECHO = "```\nn = int(input())\nprint(sum(int(input()) for _ in range(n)))\n```"
+PAIRS = [{"input": "2\n3\n4\n", "output": "7"}, {"input": "1\n5", "output": "6\n"}]
+
+
+@pytest.mark.parametrize(
+    "completion, tests, wanted",
+    [
+        (ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4"], 0.5),
+        (ADD, "def check(f):\n    assert f(2, 2) == 4\ncheck(add)", 1.0),
+        (ADD, '["assert add(1, 2) == 3"]', 1.0),
+        (ADD, None, None),
+        (ADD, [], None),
+        (ECHO, PAIRS, 0.5),
+        (ECHO, {"inputs": ["1\n5"], "outputs": ["5"]}, 1.0),
+        ("no code", ["assert True"], 0.0),
+        ("```python\ndef add(:\n```", ["assert True"], 0.0),
+        ("```python\nraise ValueError\n```", ["assert True"], 0.0),
+        ("```python\nx = 1\n```\n```py\nx = 2\n```", ["assert x == 2"], 1.0),
+        ("```python\nx = 3", ["assert x == 3"], 1.0),
+        ([{"role": "assistant", "content": ADD}], ["assert add(1, 2) == 3"], 1.0),
+    ],
+)
+def test_the_share_of_tests_passed(completion, tests, wanted):
+    assert code([completion], [tests]) == [wanted]
+
+
+def test_the_column_answer_serves_too_and_a_missing_one_is_named():
+    assert code([ADD], answer=["assert add(0, 1) == 1"]) == [1.0]
+    with pytest.raises(UserError, match="wanted a column 'tests'"):
+        code([ADD])
+    with pytest.raises(UserError, match="'input', 'output'"):
+        code([ADD], [[{"in": "1"}]])
+
+
+FORGERIES = """
+import sys, os
+for f in (1, 2, 3, 4, 5):
+    try: os.write(f, b'["", 0, true]\\n')
+    except OSError: pass
+"""
+
+
+@pytest.mark.parametrize("ending", ["os._exit(0)", "sys.exit()", "raise SystemExit", "1/0"])
+def test_a_program_cannot_pass_by_leaving_or_printing_a_verdict(ending):
+    assert run(FORGERIES + ending, ["assert False"]) == [False]
+
+
+HOSTILE = {
+    "loop": "while True: pass",
+    "sleep": "import time; time.sleep(1000)",
+    "memory": "x = bytearray(10**12)",
+    "memory, little by little": "x = []\nwhile True: x.append(bytearray(10**7))",
+    "forks": "import os\nfor _ in range(50): os.fork()",
+    "processes": "import subprocess; subprocess.run(['true'])",
+    "a shell": "import os; assert os.system('true') == 0",
+    "threads of processes": "import multiprocessing as m; p = m.Process(target=print); p.start()",
+    "a socket": "import socket; socket.socket()",
+    "a name": "import socket; socket.getaddrinfo('localhost', 80)",
+    "ctypes": "import ctypes; ctypes.CDLL(None).fork()",
+    "its parent": "import os; os.kill(os.getppid(), 9)",
+    "recursion": "def f(): f()\nf()",
+    "a big file": "open('x', 'wb').write(bytes(10**8))",
+    "leaving": "import os; os.chdir('/')",
+    "a flood": "import os\nwhile True:\n for f in range(3, 9):\n  try: os.write(f, bytes(9**6))\n"
+    "  except OSError: pass",
+    "deep text": "x = eval('(' * 10**6)",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_are_contained_within_seconds(name):
+    started = time.monotonic()
+    assert run(HOSTILE[name], ["assert True"], timeout=1.5, memory=512 << 20) == [False]
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open({path!r}, 'w').write('x')",
+        "import os; os.close(os.open({path!r}, os.O_CREAT | os.O_WRONLY))",
+        "import os; os.rename('here', {path!r})",
+        "import os; os.mkdir({path!r})",
+        "import os; os.symlink({folder!r}, 'out'); open('out/mark', 'w')",
+        "import os; d = os.open({folder!r}, 0); os.open('mark', os.O_CREAT | 1, dir_fd=d)",
+        "import pathlib; pathlib.Path({path!r}).touch()",
+    ],
+)
+def test_writing_is_kept_to_its_own_folder(attempt, tmp_path):
+    path = tmp_path / "mark"
+    source = "open('here', 'w').write('fine')\n" + attempt.format(
+        path=str(path), folder=str(tmp_path)
+    )
+    assert run(source, ["assert True"]) == [False]
+    assert not path.exists()
+    assert run("open('here', 'w').write('fine')", ["assert open('here').read() == 'fine'"]) == [
+        True
+    ]
+
+
+def test_tests_before_an_endless_one_count():
+    tests = ["assert f(1) == 1", "f(-1)", "assert f(1) == 1"]
+    source = "def f(n):\n    while n < 0: pass\n    return n"
+    assert run(source, tests, timeout=1.0) == [True, False, False]
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_no_connection_leaves_with_or_without_a_network_namespace(network, monkeypatch):
+    if not network:
+        monkeypatch.setattr(rewards_code, "_without_network", lambda: ())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = server.getsockname()
+        source = f"import socket; socket.create_connection({address!r}, 1)"
+        assert run(source, ["assert True"]) == [False]
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_the_last_block_is_the_program():
+    assert program("```js\nx\n```\n```python\ny\n```") == "y\n"
+    assert program("plain") is None
