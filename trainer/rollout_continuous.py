@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from .rollout import Completion, Sampling, check_request, context_of, ended, grouped
-from .rollout_generate import GenerateEngine
+from .rollout_generate import GenerateEngine, cache_tokens
 from .rollout_noise import Request, choose, log_prob, requests_of, row_keys
 from .rollout_twin import Twin, own_randomness
 
@@ -85,7 +85,7 @@ class ContinuousEngine:
             f"{type(self.twin.model).__name__} cannot be sampled by continuous batching ({why}); "
             "sampling by plain generate"
         )
-        self.plain = GenerateEngine(self.twin.model, self.tokenizer)
+        self.plain = GenerateEngine(self.twin.model, self.tokenizer, cache_bytes=self.cache_bytes)
 
     def _sample(self, requests: list[Request], sampling: Sampling, n: int = 1) -> list[Completion]:
         with own_randomness(self.twin.model):  # continuous batching seeds torch for itself
@@ -215,15 +215,8 @@ def cache_plan(
     model: PreTrainedModel, rows: int, longest: int, cache_bytes: int | None
 ) -> ContinuousBatchingConfig:
     """A cache for `rows` sequences of `longest` tokens, or for what fits in `cache_bytes`."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page_bytes = PAGE * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    if cache_bytes is None:
-        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 2**31
-        cache_bytes = free // 2
     pages_a_row = -(-longest // PAGE) + 1
-    pages = min(rows * pages_a_row, max(cache_bytes // page_bytes, pages_a_row))
+    pages = min(rows * pages_a_row, max(cache_tokens(model, cache_bytes) // PAGE, pages_a_row))
     wanted: dict[str, Any] = dict(
         num_blocks=pages,
         max_batch_tokens=max(rows, 4096 if model.device.type == "cuda" else 256),

@@ -32,14 +32,15 @@ class GenerateEngine:
         mixture: tuple[PreTrainedModel, float] | None = None,
         max_rows: int | None = None,
         dtype: torch.dtype | None = None,
+        cache_bytes: int | None = None,
     ):
         self.twin = Twin(model, "sdpa", dtype)
-        self.context = context_of(model)
+        self.context, self.cache_bytes = context_of(model), cache_bytes
         self.max_rows = max_rows or (256 if model.device.type == "cuda" else 128)
         self.pad = tokenizer.pad_token_id or 0
-        self.other = self.weight = None
+        self.mixture, self.other = mixture, None
         if mixture is not None:
-            other, self.weight = mixture
+            other, _ = mixture
             rows = [output_head(m).weight.shape[0] for m in (model, other)]
             if rows[0] != rows[1]:
                 raise UserError(
@@ -54,9 +55,13 @@ class GenerateEngine:
         check_request(prompts, n, sampling, seeds, self.context)
         requests = requests_of(prompts, n, seeds)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        step = min(
+            self.max_rows, max(cache_tokens(self.twin.model, self.cache_bytes) // longest, 1)
+        )
         found: dict[int, Completion] = {}
-        for start in range(0, len(order), self.max_rows):
-            rows = order[start : start + self.max_rows]
+        for start in range(0, len(order), step):
+            rows = order[start : start + step]
             found.update(zip(rows, self._batch([requests[i] for i in rows], sampling), strict=True))
         return grouped([found[i] for i in range(len(requests))], n)
 
@@ -67,18 +72,16 @@ class GenerateEngine:
         tokens = torch.full((len(requests), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for row, request in enumerate(requests):
-            tokens[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
+            tokens[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
             mask[row, width - len(request.prompt) :] = 1
         tokens, mask = tokens.to(model.device), mask.to(model.device)
         chooser = RowChooser(sampling, [r.stream for r in requests], width)
-        processors = LogitsProcessorList([chooser])
-        if self.other is not None:
-            assert self.weight is not None
-            chooser.mixed = Mixture(self.other.model, self.weight, mask)
+        if self.mixture is not None and self.other is not None:
+            chooser.mixed = Mixture(self.other.model, self.mixture[1], mask)
         model.generate(
             input_ids=tokens,  # type: ignore[arg-type]
             attention_mask=mask,
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList([chooser]),
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=False,
@@ -92,9 +95,24 @@ class GenerateEngine:
 
     def update_weights(self, model: nn.Module) -> None:
         self.twin.follow(model)  # type: ignore[arg-type]
+        if self.mixture is not None and self.other is not None:
+            self.other.follow(self.mixture[0])  # a reference may follow the policy
 
     def close(self) -> None:
-        del self.twin, self.other
+        del self.twin, self.other, self.mixture
+
+
+def cache_tokens(model: PreTrainedModel, cache_bytes: int | None) -> int:
+    """The tokens whose keys and values fit in `cache_bytes`; by default half of what is free."""
+    config = model.config.get_text_config()
+    queries = getattr(config, "num_attention_heads", None) or 1  # 1 overestimates a Mamba
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    if cache_bytes is None:
+        on_gpu = model.device.type == "cuda"
+        cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else 1 << 30
+    return cache_bytes // token_bytes
 
 
 class RowChooser(LogitsProcessor):
