@@ -18,7 +18,7 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,peers]'
 	touch $@
 
-demo: install  ## SFT, then DPO, of a tiny model on a generated task; ends with a table and a plot
+demo: install  ## SFT, DPO and GRPO of a tiny model on a generated task; ends with a table and a plot
 	$(BIN)/prefuse demo --output_dir runs/demo
 
 test: install  ## at most 12 minutes on 2 cores, no GPU needed

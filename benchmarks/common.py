@@ -36,6 +36,21 @@ def milliseconds(run: Callable[[], object], seconds: float = 1.0) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median milliseconds of each, measured in turn: a machine that slows down for a minute slows
+    all of them."""
+    if torch.cuda.is_available():
+        return {name: milliseconds(run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first is a warm-up
+                times[name].append((time.perf_counter() - start) * 1000)
+    return {name: sorted(found)[rounds // 2] for name, found in times.items()}
+
+
 def machine() -> dict[str, object]:
     """Device, versions and commit, for the head of a result file."""
     import prefuse.kernels.launch as launch

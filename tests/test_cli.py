@@ -126,7 +126,7 @@ def test_wrong_commands(argv, wanted, capsys):
 @pytest.mark.parametrize(
     "text, wanted",
     [
-        ("beta: 0.1\n", "wanted `method: sft` or `method: dpo`; got None"),
+        ("beta: 0.1\n", "wanted `method:` one of sft, dpo, "),
         ("method: ppo\n", "wanted `method: sft` or `method: dpo`; got ppo"),
         ("method: dpo\nbetta: 1\n", "run.yaml:2: betta: no such key; did you mean beta?"),
         ("method: sft\nbeta: 1\n", "run.yaml:2: beta: no such key"),

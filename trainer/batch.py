@@ -21,7 +21,7 @@ class PackedBatch:
     A token attends to its own segment causally and to the whole parent segment. Prefix segments
     come first, then all children grouped by parent. `score_rows[i]` is the token whose hidden
     state predicts `targets[i]`: the last token of a shared prefix predicts the first token of
-    every child, so a row may appear several times.
+    every child, so a row may appear several times. `token_rows[i]` is where `targets[i]` itself is.
     """
 
     tokens: Tensor  # [T] int64
@@ -29,6 +29,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S + 1] int32
     parent: Tensor  # [S] int64 on the CPU: the segment continued, or -1
     score_rows: Tensor  # [M] int64
+    token_rows: Tensor  # [M] int64
     targets: Tensor  # [M] int64
     score_cu_seqlens: Tensor  # [Q + 1] int32
     examples: Tensor  # [E] int64: the rows these sequences come from
@@ -90,10 +91,13 @@ def pack(examples: list[Example], share: bool = True) -> PackedBatch:
     cu = np.cumsum([0, *(len(s) for s in segments)])
     first = [0] * len(prefixes) + [position for _, position, _ in children]
     parent = [-1] * len(prefixes) + [p for _, _, p in children]
-    rows = [
-        _rows_before(positions, children[child], cu, len(prefixes) + child)
-        for child, positions, _ in scored
-    ]
+    before, at = (
+        [
+            _rows(positions - back, children[child], cu, len(prefixes) + child)
+            for child, positions, _ in scored
+        ]
+        for back in (1, 0)
+    )
     cu_seqlens = torch.from_numpy(cu.astype(np.int32))
     parent = torch.tensor(parent)
     return PackedBatch(
@@ -103,7 +107,8 @@ def pack(examples: list[Example], share: bool = True) -> PackedBatch:
         ),
         cu_seqlens=cu_seqlens,
         parent=parent,
-        score_rows=torch.from_numpy(_concatenate(rows)),
+        score_rows=torch.from_numpy(_concatenate(before)),
+        token_rows=torch.from_numpy(_concatenate(at)),
         targets=torch.from_numpy(_concatenate([tokens for _, _, tokens in scored])),
         score_cu_seqlens=torch.from_numpy(
             np.cumsum([0, *(len(positions) for _, positions, _ in scored)]).astype(np.int32)
@@ -128,12 +133,13 @@ def _shared_length(example: Example) -> int:
     return min(common, *(len(s.tokens) - 1 for s in example.sequences))
 
 
-def _rows_before(positions: np.ndarray, child, cu: np.ndarray, segment: int) -> np.ndarray:
-    """Where in the pack the tokens before `positions` stand: in the child, or in its parent."""
+def _rows(positions: np.ndarray, child, cu: np.ndarray, segment: int) -> np.ndarray:
+    """Where in the pack a sequence's tokens at `positions` stand: in the child, or its parent."""
     _, shared, parent = child
-    before = positions - 1
-    in_child = cu[segment] + before - shared
-    return in_child if parent < 0 else np.where(before < shared, cu[parent] + before, in_child)
+    in_child = cu[segment] + positions - shared
+    return (
+        in_child if parent < 0 else np.where(positions < shared, cu[parent] + positions, in_child)
+    )
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:

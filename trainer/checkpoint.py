@@ -105,4 +105,5 @@ def full_state(scorer: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
     if not ranks.is_main:
         return None
     prefix = "model."
-    return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in state.items()}
+    own = {k: v for k, v in state.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in own.items()}

@@ -12,6 +12,7 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
 
   sft                 supervised fine-tuning
   dpo                 offline preference optimisation
+  reward              reward, cost and process models
   grpo ppo rloo reinforce
                       policy gradients, from rewards of sampled completions
   online-dpo raft     preference optimisation and fine-tuning on the best of them
@@ -49,7 +50,7 @@ def _dispatch(argv: list[str]) -> None:
     command, *rest = argv
     if command == "train":
         command, rest = from_file(rest)
-    known = {"sft": _sft, "dpo": _dpo, "methods": _methods, "report": _report}
+    known = {"sft": _sft, "dpo": _dpo, "reward": _reward, "methods": _methods, "report": _report}
     known |= {"demo": _demo, "train": None}
     known |= {name: partial(_online, name) for name in ONLINE}
     run = known.get(command)
@@ -81,6 +82,16 @@ def _dpo(rest: list[str]) -> None:
     from .offline import run_dpo
 
     run_dpo(config)
+
+
+def _reward(rest: list[str]) -> None:
+    from .config import RewardConfig
+    from .flags import parse
+
+    config = parse(RewardConfig, rest)
+    from .reward import run_reward
+
+    run_reward(config)
 
 
 def _online(command: str, rest: list[str]) -> None:

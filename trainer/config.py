@@ -179,6 +179,18 @@ class DPOConfig(TrainConfig):
         )
 
 
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Reward, cost and process models, on rows of pairs, lists, steps or labels."""
+
+    learning_rate: float = flag(default=1e-4, help="Peak learning rate.")
+    loss_type: str = flag(
+        default="bradley_terry", help="Which loss of a reward model; see `prefuse methods`."
+    )
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+    step_separator: str = flag(default="\n", help="Ends a step, for --loss_type prm.")
+
+
 def require(holds: bool, flag: str, wanted: str, got: object) -> None:
     if not holds:
         raise UserError(f"--{flag}: wanted {wanted}; got {got}")

@@ -2,7 +2,8 @@
 
 The task: a list of letters is to be sorted. SFT sees answers in rising and in falling order, half
 and half; the preference pairs always prefer rising. So before DPO held-out reward accuracy is 0.5
-by construction, and after it tells whether the preference was learned for lists never seen.
+by construction, and after it tells whether the preference was learned for lists never seen. GRPO
+then samples answers to new lists and is rewarded for those that are sorted rightly.
 """
 
 from __future__ import annotations
@@ -23,8 +24,19 @@ from transformers import (
 )
 
 from .config import DPOConfig, SFTConfig, flag
+from .online_config import GRPOConfig
 
+STAGES = ("sft", "dpo", "grpo")
 LETTERS = "abcdefghijklmnopqrst"
+
+
+REWARD = '''"""Whether the letters of the prompt came back in rising order."""
+
+
+def sorted_rightly(prompts, completions, **columns):
+    wanted = [sorted(prompt.split()[1:-1]) for prompt in prompts]
+    return [float(text.split() == letters) for text, letters in zip(completions, wanted)]
+'''
 
 
 @dataclass(frozen=True)
@@ -34,13 +46,15 @@ class DemoConfig:
     output_dir: str = flag(default="runs/demo", help="Where its files go; written over.")
     sft_steps: int = flag(default=400, help="Optimizer steps of SFT.")
     dpo_steps: int = flag(default=100, help="Optimizer steps of DPO.")
+    grpo_steps: int = flag(default=60, help="Optimizer steps of GRPO.")
     seed: int = flag(default=0, help="Draws the task and the model.")
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Builds a model and a task, runs SFT and DPO as the commands do, shows what changed."""
+    """Builds a model and a task, runs SFT, DPO and GRPO as the commands do, shows what changed."""
     from .flags import parse
     from .offline import run_dpo, run_sft
+    from .online import run_online
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +74,19 @@ def run_demo(config: DemoConfig) -> None:
         *("--eval_dataset_name", f"{folder}/held_out.jsonl", "--eval_on_start"),
         *("--eval_strategy", "steps", "--eval_steps", str(max(1, config.dpo_steps // 10))),
     ]
+    grpo = [
+        *("--model_name_or_path", f"{folder}/dpo", "--dataset_name", f"{folder}/prompts.jsonl"),
+        *("--reward_funcs", f"{folder}/reward.py:sorted_rightly", "--max_completion_length", "10"),
+        *("--output_dir", f"{folder}/grpo", "--overwrite_output_dir", *common),
+        *("--max_steps", str(config.grpo_steps), "--learning_rate", "3e-4", "--beta", "0.02"),
+        *("--logging_steps", "5", "--loss_type", "grpo"),
+    ]
     print("\n$ prefuse sft " + " ".join(sft))
     run_sft(parse(SFTConfig, sft))
     print("\n$ prefuse dpo " + " ".join(dpo))
     run_dpo(parse(DPOConfig, dpo))
+    print("\n$ prefuse grpo " + " ".join(grpo))
+    run_online(parse(GRPOConfig, grpo), "grpo")
     show(folder, config)
 
 
@@ -90,6 +113,8 @@ def make_task(folder: Path, seed: int) -> None:
     for name, count in (("pairs.jsonl", 4096), ("held_out.jsonl", 256)):
         pairs = [draw() for _ in range(count)]
         write(name, [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
+    write("prompts.jsonl", [{"prompt": draw()[0]} for _ in range(4096)])
+    (folder / "reward.py").write_text(REWARD)
 
 
 def make_model(folder: Path, seed: int) -> None:
@@ -142,41 +167,44 @@ def show(folder: Path, config: DemoConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    lines = [json.loads(x) for x in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    lines = _metrics(folder, "dpo")
     held_out = [x for x in lines if "eval_loss" in x]
     before, after = held_out[0], held_out[-1]
+    sampled = [x["reward"] for x in _metrics(folder, "grpo") if "reward" in x]
     rows = [json.loads(x) for x in (folder / "held_out.jsonl").read_text().splitlines()]
-    speeds = [_speed(folder / stage / "metrics.jsonl") for stage in ("sft", "dpo")]
-    table = Table(title="Held-out pairs, before and after DPO")
-    for heading in ("", "before", "after"):
+    shares = [rising_share(folder / stage, rows) for stage in STAGES]
+    table = Table(title="After each stage, on lists never seen")
+    for heading in ("", "SFT", "DPO", "GRPO"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row(
-        "reward accuracy",
-        f"{before['eval_rewards/accuracies']:.3f}",
-        f"{after['eval_rewards/accuracies']:.3f}",
-    )
-    margin = "eval_rewards/margins"
-    table.add_row("reward margin", f"{before[margin]:.3f}", f"{after[margin]:.3f}")
-    table.add_row("loss", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
-    shares = [rising_share(folder / stage, rows) for stage in ("sft", "dpo")]
-    table.add_row("answers sorted as preferred", *(f"{share:.3f}" for share in shares))
-    table.add_row("training tokens/s (SFT, DPO)", *(f"{speed:.0f}" for speed in speeds))
+    for name, key, digits in (
+        ("reward accuracy on pairs", "eval_rewards/accuracies", 3),
+        ("reward margin on pairs", "eval_rewards/margins", 3),
+        ("DPO's loss on pairs", "eval_loss", 4),
+    ):
+        table.add_row(name, f"{before[key]:.{digits}f}", f"{after[key]:.{digits}f}", "")
+    table.add_row("lists sorted rightly, greedily", *(f"{share:.3f}" for share in shares))
+    table.add_row("the same of sampled answers", "", f"{sampled[0]:.3f}", f"{sampled[-1]:.3f}")
+    speeds = [_speed(_metrics(folder, stage)) for stage in STAGES]
+    table.add_row("training tokens/s", *(f"{speed:.0f}" for speed in speeds))
     console = Console()
     console.print(table)
-    (folder / "result.json").write_text(
-        json.dumps({"before": before, "after": after, "sorted_as_preferred": shares}, indent=1)
-    )
+    result = {"before": before, "after": after, "sorted_as_preferred": shares}
+    result["reward"] = [sampled[0], sampled[-1]]
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
     console.print(f"plot: {_plot(folder, lines)}", highlight=False)
 
 
-def _speed(metrics: Path) -> float:
-    lines = [json.loads(x) for x in metrics.read_text().splitlines()]
+def _metrics(folder: Path, stage: str) -> list[dict]:
+    return [json.loads(x) for x in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def _speed(lines: list[dict]) -> float:
     speeds = sorted(x["tokens_per_second"] for x in lines if "tokens_per_second" in x)
     return speeds[len(speeds) // 2]
 
 
 def _plot(folder: Path, lines: list[dict]) -> Path | str:
-    """Loss, held-out accuracy and margin against the step."""
+    """Losses, held-out accuracy, reward against the step, and against the KL it cost."""
     try:
         import matplotlib
     except ImportError:
@@ -184,21 +212,23 @@ def _plot(folder: Path, lines: list[dict]) -> Path | str:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    sft = [json.loads(x) for x in (folder / "sft" / "metrics.jsonl").read_text().splitlines()]
+    grpo = _metrics(folder, "grpo")
     panels = [
-        ("SFT loss, nats a token", sft, "loss", None),
+        ("SFT loss, nats a token", _metrics(folder, "sft"), "loss", None),
         ("DPO loss", lines, "loss", "eval_loss"),
         ("DPO reward accuracy", lines, "rewards/accuracies", "eval_rewards/accuracies"),
-        ("DPO reward margin", lines, "rewards/margins", "eval_rewards/margins"),
+        ("GRPO reward", grpo, "reward", None),
     ]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    for axis, (title, rows, train, held_out) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.2), layout="constrained")
+    for axis, (title, rows, train, held_out) in zip(axes, panels, strict=False):
         for key, label in ((train, "train"), (held_out, "held out")):
             points = [(r["step"], r[key]) for r in rows if key in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, marker=".")
         axis.set(title=title, xlabel="step")
         axis.legend()
+    axes[-1].plot([x["kl"] for x in grpo], [x["reward"] for x in grpo], marker=".")
+    axes[-1].set(title="GRPO reward against KL", xlabel="KL to the reference, nats a token")
     path = folder / "demo.png"
     figure.savefig(path, dpi=120)
     return path

@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import loss_flags
-from .config import DPOConfig, SFTConfig
+from .config import DPOConfig, RewardConfig, SFTConfig
 from .errors import UserError
 from .loss_flags import nearest
 from .online_config import (
@@ -27,6 +27,7 @@ from .online_config import (
 CONFIGS = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
+    "reward": RewardConfig,
     "grpo": GRPOConfig,
     "ppo": PPOConfig,
     "rloo": RLOOConfig,
@@ -122,7 +123,7 @@ def from_file(rest: list[str]) -> tuple[str, list[str]]:
         raise UserError("train: wanted a YAML file first; got " + (rest[0] if rest else "nothing"))
     method = _read_yaml(rest[0]).get("method")
     if method not in CONFIGS:
-        wanted = " or ".join(f"`method: {name}`" for name in CONFIGS)
+        wanted = "`method:` one of " + ", ".join(CONFIGS)
         raise UserError(f"{rest[0]}: wanted {wanted}; got {method}")
     values = _read_yaml(rest[0], CONFIGS[method])
     return method, _flags_of(values, CONFIGS[method]) + rest[1:]
@@ -158,7 +159,7 @@ def _flags_of(values: dict[str, Any], config: type) -> list[str]:
 
 
 def _check_keys(file: Path, values: dict[str, Any], config: type) -> None:
-    known = {f.name for f in fields(config) if f.init} | set(NOT_FLAGS) | loss_flags.names(config)
+    known = {f.name for f in fields(config) if f.init} | set(NOT_FLAGS) | loss_flags.keys(config)
     lines = file.read_text().splitlines()
     for key in values:
         if key not in known:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
@@ -21,13 +22,12 @@ from .errors import UserError
 from .objectives import Method
 from .report import Meter, Report
 from .schedule import Steps, share_out
-from .scores import Scorer
 
 
 def train(
     config,
     method: Method,
-    scorer: Scorer,
+    scorer: nn.Module,
     schedule: Steps,
     held_out: list[Example],
     ranks: Ranks,
@@ -93,13 +93,15 @@ def train(
 
 
 def backward(
-    config, method: Method, scorer: Scorer, micro_batches: list[list[Example]], ranks, meter
+    config, method: Method, scorer: nn.Module, micro_batches: list[list[Example]], ranks, meter
 ) -> list[torch.Tensor]:
     """Leaves on the parameters the gradient of the mean loss over all ranks and micro-batches;
     returns this rank's losses, summed by micro-batch."""
     share = config.layout == "shared"
     batches = [pack(rows, share).to(ranks.device) for rows in micro_batches]
     units = global_units(method, batches, ranks)
+    with autocast(config, ranks):
+        method.before_step(scorer, batches)
     losses = []
     for batch in batches:
         with autocast(config, ranks):
@@ -113,7 +115,7 @@ def backward(
     return losses
 
 
-def make_optimizer(scorer: Scorer, config) -> torch.optim.Optimizer:
+def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
     """AdamW with no decay on vectors, or SGD."""
     parameters = [p for p in scorer.parameters() if p.requires_grad]
     groups = [
@@ -164,7 +166,7 @@ def autocast(config, ranks: Ranks):
     return nullcontext()
 
 
-def clip(scorer: Scorer, config) -> torch.Tensor:
+def clip(scorer: nn.Module, config) -> torch.Tensor:
     """Clips the gradient's global norm; returns what it was."""
     limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
     norm = clip_grad_norm_(scorer.parameters(), limit)
@@ -198,7 +200,7 @@ def evaluates(config, done: int, schedule: Steps) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    config, method: Method, scorer: Scorer, examples: list[Example], ranks: Ranks
+    config, method: Method, scorer: nn.Module, examples: list[Example], ranks: Ranks
 ) -> dict[str, float]:
     """The objective's means over held-out examples."""
     meter = Meter(ranks)
@@ -208,6 +210,7 @@ def evaluate(
     for rows in share_out(batches, ranks):
         batch = pack(rows, config.layout == "shared").to(ranks.device)
         with autocast(config, ranks):
+            method.before_step(scorer, [batch])
             objective = method.objective(scorer, batch)
         meter.add({"loss": objective.loss, **objective.metrics})
         meter.tokens += batch.n_tokens

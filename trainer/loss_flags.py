@@ -13,7 +13,8 @@ from prefuse.kernels import policy, preference
 from prefuse.kernels.policy_parts import Actions
 from prefuse.kernels.preference import BATCHWISE, hyperparameters, inputs, preference_loss
 
-from .config import DPOConfig
+from . import reward
+from .config import DPOConfig, RewardConfig
 from .errors import UserError
 from .objectives import JUDGED, PROVIDED
 from .online_config import OnlineDPOConfig, PolicyConfig, PPOConfig
@@ -44,6 +45,12 @@ def names(config: type) -> set[str]:
     return {name for loss in table.values() for name in hyperparameters(loss)}
 
 
+def keys(config: type) -> set[str]:
+    """The keys by which they are given in YAML, TRL's names among them."""
+    own = names(config)
+    return own | {theirs for ours, theirs in ALIASES.items() if ours in own}
+
+
 def add_flags(parser: argparse.ArgumentParser, losses: Losses) -> None:
     """A flag for every hyperparameter of every loss the command may train."""
     users: dict[str, dict[Any, list[str]]] = {}
@@ -53,7 +60,8 @@ def add_flags(parser: argparse.ArgumentParser, losses: Losses) -> None:
     for name, defaults in users.items():
         told = (f"{value} for {', '.join(who)}" for value, who in defaults.items())
         kind = str if any(isinstance(value, str) for value in defaults) else float
-        parser.add_argument(f"--{name}", type=kind, help="Of the loss: " + "; ".join(told) + ".")
+        flags = [f"--{n}" for n in (name, ALIASES.get(name)) if n]
+        parser.add_argument(*flags, type=kind, help="Of the loss: " + "; ".join(told) + ".")
 
 
 def take(config: Any, losses: Losses, values: argparse.Namespace) -> None:
@@ -126,7 +134,9 @@ def _check_policy_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
 
 # what an online command knows of every token
 COLUMNS = {"logp", "old_logp", "advantages", "rollout_logp", "reward", "pass_rate", "cu_seqlens"}
+ALIASES = {"centering": "center_rewards_coefficient"}  # TRL's name
 COMMANDS: dict[type, Losses] = {
+    RewardConfig: Losses(reward.LOSSES, reward.check),
     DPOConfig: Losses(preference.LOSSES, _check_pair_loss),
     PolicyConfig: Losses(policy.LOSSES, _check_policy_loss),
     PPOConfig: Losses(

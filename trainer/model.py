@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,9 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer, examples: list[Example], name: str) -> None:
-    """Every id the tokenizer can give, or gave, must have a row in the model's head."""
-    rows, ids = output_head(model).weight.shape[0], len(tokenizer)
+    """Every id the tokenizer can give, or gave, must have a row in the model's embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    rows, ids = embeddings.weight.shape[0], len(tokenizer)
     if ids > rows:
         raise UserError(
             f"{name}: the tokenizer has {ids} tokens but the model's vocabulary {rows}; use the "

@@ -25,21 +25,25 @@ JUDGED = ("margin", "preference")
 Reference = Callable[[PackedBatch], Tensor]
 
 
-def _nothing(done: int) -> None:
+def _nothing(*_) -> None:
     pass
 
 
 class Method(NamedTuple):
     """What is minimised, and the unit it is counted in.
 
+    objective: of what is trained (a Scorer; PPO's ActorCritic) and a batch.
     after_step: called with the number of optimizer steps done.
     modules: what changes besides the policy, by a name under which checkpoints hold it.
+    before_step: called with the scorer and this rank's micro-batches of the step, for numbers of
+        the whole step that the loss reads; every rank calls it.
     """
 
-    objective: Callable[[Scorer, PackedBatch], Objective]
+    objective: Callable[[Any, PackedBatch], Objective]
     unit: Unit
     after_step: Callable[[int], None] = _nothing
     modules: Mapping[str, nn.Module] = MappingProxyType({})
+    before_step: Callable[[Any, list[PackedBatch]], None] = _nothing
 
 
 def sft() -> Method:

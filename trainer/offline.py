@@ -35,7 +35,7 @@ def run_sft(config: SFTConfig) -> None:
             config.assistant_only_loss,
         )
 
-    _run(config, "sft", tokenize, lambda *_: objectives.sft())
+    run(config, "sft", tokenize, lambda *_: objectives.sft())
 
 
 def run_dpo(config: DPOConfig) -> None:
@@ -58,10 +58,10 @@ def run_dpo(config: DPOConfig) -> None:
             method = objectives.following(method, scorer, model, share, every)
         return method
 
-    _run(config, "dpo", tokenize, method)
+    run(config, "dpo", tokenize, method)
 
 
-def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
+def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> None:
     ranks = start()
     config = resolve(config, ranks)
     claim_folder(config, ranks)
@@ -73,7 +73,7 @@ def _run(config: TrainConfig, name: str, tokenize, make_method) -> None:
     if eval_rows:
         held_out, ledgers["held-out data"] = tokenize(eval_rows, tokenizer)
         held_out = [replace(e, index=e.index + len(examples)) for e in held_out]
-    config, scorer, note = load_scorer(
+    config, scorer, note = (load or load_scorer)(
         config, config.model_name_or_path, tokenizer, examples + held_out, ranks
     )
     report = Report(config, name, ranks)

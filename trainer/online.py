@@ -55,8 +55,7 @@ def run_online(config: OnlineConfig, name: str) -> None:
     )
     report = Report(config, name, ranks)
     report.say(note or f"layout: {config.layout}")
-    for line in ledger.lines():
-        report.say(f"data: {line}")
+    report.rows({"data": ledger})
     reference = _reference(config, tokenizer, longest, ranks, temperature)
     engine = make_engine(config.engine, scorer.model, tokenizer)
     prepare(config, scorer)

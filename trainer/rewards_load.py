@@ -18,6 +18,7 @@ from typing import Any
 from .errors import UserError
 from .loss_flags import nearest
 from .rewards_code import code
+from .rewards_ifeval import ifeval
 from .rewards_math import accuracy, gsm8k, math
 from .rewards_text import format, length, repetition, soft_overlong
 
@@ -26,6 +27,7 @@ BUILTINS: dict[str, Callable] = {
     "math": math,
     "accuracy": accuracy,
     "code": code,
+    "ifeval": ifeval,
     "format": format,
     "length": length,
     "soft_overlong": soft_overlong,

@@ -83,7 +83,7 @@ def hidden_states(model: PreTrainedModel, layout: str, batch: PackedBatch) -> Te
     return out.last_hidden_state[0]
 
 
-def _probe_examples(vocab: int) -> list[Example]:
+def probe_examples(vocab: int) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int):
@@ -111,7 +111,7 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
     """
     model = scorer.model
     vocab = output_head(model).weight.shape[0]
-    examples = _probe_examples(vocab)
+    examples = probe_examples(vocab)
     share = scorer.layout == "shared"
     batch = pack(examples, share).to(device)
     packed = scorer(batch).logp
