@@ -43,7 +43,7 @@ FULL = pytest.mark.full
 COMMANDS = [
     ("grpo", "25", []),
     ("rloo", "30", ["--beta", "0"]),
-    pytest.param("ppo", "40", ["--beta", "0"], marks=FULL),
+    pytest.param("ppo", "80", ["--beta", "0"], marks=FULL),
     pytest.param("reinforce", "40", ["--beta", "0"], marks=FULL),
     pytest.param("online-dpo", "40", ["--beta", "0.1", "--num_generations", "8"], marks=FULL),
     pytest.param("raft", "30", [], marks=FULL),
