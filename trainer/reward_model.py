@@ -181,12 +181,15 @@ class RewardModel:
         *,
         batch_size: int = 8,
         step_separator: str = "\n",
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
     ):
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"{path}: dtype: wanted float32, bfloat16 or float16; got {dtype}")
         self.tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
         self.batch_size, self.separator = batch_size, step_separator
-        self.device = torch.device(device)
+        self.device = _chosen(device)
         options: dict[str, Any] = dict(
             num_labels=None, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id
         )
@@ -199,7 +202,7 @@ class RewardModel:
         self.__name__ = f"reward_model({path})"
 
     def __call__(
-        self, prompts: Several, completions: Several, completion_ids=None, **columns
+        self, prompts: Several, completions: Several, completion_ids=None, **_columns
     ) -> list[float]:
         """A number for each completion; of a model with several, the first is the reward."""
         pad = self.tokenizer.pad_token_id
@@ -239,3 +242,13 @@ class RewardModel:
             values = self.scorer(batch).values.cpu()
             found += values.split(batch.score_cu_seqlens.diff().tolist())
         return found
+
+
+def _chosen(device: str | torch.device | None) -> torch.device:
+    """The GPU of this rank unless told otherwise; by number, as each thread has a current one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen

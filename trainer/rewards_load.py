@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 from .loss_flags import nearest
+from .reward_model import RewardModel
 from .rewards_code import code
 from .rewards_ifeval import ifeval
 from .rewards_math import accuracy, gsm8k, math
@@ -59,19 +60,30 @@ class Reward:
 
 
 def load(spec: str | Callable) -> Reward:
-    """A Reward from a function, a built-in's name, package.module.name or file.py:function.
+    """A Reward from a function, a built-in's name, package.module.name, file.py:function or the
+    folder of a saved reward model.
 
     After a `?` come options of the function: "soft_overlong?max_length=512&cache=128".
     """
     if not isinstance(spec, str):
         return describe(spec, getattr(spec, "__name__", type(spec).__name__), {})
-    path, _, query = spec.partition("?")
-    options = _options(spec, query)
+    path, options = parts(spec)
     if path in BUILTINS:
         return describe(BUILTINS[path], path, options)
-    if ".py:" in path:
-        return describe(_from_file(path), path.rpartition(":")[2], options)
-    return describe(_from_module(path), path.rpartition(".")[2], options)
+    if (Path(path) / "config.json").is_file():
+        return _saved_model(path, options)
+    return describe(found(path), path.rpartition(":" if ".py:" in path else ".")[2], options)
+
+
+def parts(spec: str) -> tuple[str, dict[str, Any]]:
+    """A path, and the options after its `?`."""
+    path, _, query = spec.partition("?")
+    return path, _options(spec, query)
+
+
+def found(path: str) -> Any:
+    """What package.module.name or file.py:name names."""
+    return _from_file(path) if ".py:" in path else _from_module(path)
 
 
 def describe(function: Callable, name: str, options: dict[str, Any]) -> Reward:
@@ -161,12 +173,26 @@ def _from_file(spec: str) -> Callable:
     return _attribute(spec, module, name)
 
 
+def _saved_model(path: str, options: dict[str, Any]) -> Reward:
+    """A reward model by its folder; the options are those of RewardModel."""
+    known = list(inspect.signature(RewardModel).parameters)[2:]  # path and tokenizer are given
+    for option in options:
+        if option not in known:
+            raise UserError(f"{path}: no such option {option!r}{nearest(option, known)}")
+    folder = Path(path).resolve()
+    reward = describe(RewardModel(path, **options), folder.name, {})
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+    version = hashlib.sha256(f"{folder}\n{files}\n{options!r}".encode()).hexdigest()[:16]
+    return replace(reward, version=version)
+
+
 def _from_module(spec: str) -> Callable:
     path, _, name = spec.rpartition(".")
     if not path:
         raise UserError(
             f"{spec}: no such reward{nearest(spec, BUILTINS)} Built in are "
-            f"{', '.join(sorted(BUILTINS))}; others are package.module.name or file.py:function"
+            f"{', '.join(sorted(BUILTINS))}; others are package.module.name, file.py:function or a "
+            "reward model's folder"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does: a module beside the run
