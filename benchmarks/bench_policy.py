@@ -82,6 +82,7 @@ def methods() -> dict[str, Callable[..., Tensor]]:
 def rows() -> list[dict]:
     dev = device()
     limit = ceilings()["gbps"]
+    torch.manual_seed(0)
     logp, old, ref = (-torch.rand(SHAPE, device=dev) for _ in range(3))
     advantages = torch.randn(SHAPE[0], 1, device=dev)
     mask = torch.rand(SHAPE, device=dev) < 0.9
