@@ -27,6 +27,7 @@ from tiny import (
 from prefuse.trainer import flags
 from prefuse.trainer.cli import main
 from prefuse.trainer.config import DPOConfig, SFTConfig
+from prefuse.trainer.online_config import GRPOConfig
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
@@ -175,6 +176,33 @@ def test_a_flag_overrides_the_file(tmp_path):
 )
 def test_values_of_flags(argv, name, value):
     assert getattr(flags.parse(SFTConfig, [*NEEDED, *argv]), name) == value
+
+
+@pytest.mark.parametrize(
+    "argv, funcs, weights",
+    [
+        (["--reward_funcs", "x", "y?z=2"], ["x", "y?z=2"], None),
+        (["--reward_funcs", "x", "--reward-funcs=y", "--reward_funcs", "z"], ["x", "y", "z"], None),
+        (["--config", "run.yaml"], ["a", "b"], [1, -2]),
+        (["--config", "run.yaml", "--reward_funcs", "x", "--reward_funcs=y"], ["x", "y"], [1, -2]),
+        (["--config", "run.yaml", "--reward_weights", "3", "4"], ["a", "b"], [3, 4]),
+        (["--config", "run.yaml", "--reward_weights", "none"], ["a", "b"], None),
+        (["--config", "empty.yaml", "--reward_funcs", "x"], ["x"], None),
+    ],
+)
+def test_repeated_lists_go_on_and_replace_the_files(argv, funcs, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("reward_funcs: [a, b]\nreward_weights: [1, -2]\n")
+    (tmp_path / "empty.yaml").write_text("reward_funcs: []\nreward_weights:\n")
+    config = flags.parse(GRPOConfig, [*NEEDED, *argv])
+    assert (config.reward_funcs, config.reward_weights) == (funcs, weights)
+
+
+def test_lists_replace_those_of_the_file_that_is_trained(tmp_path):
+    (tmp_path / "run.yaml").write_text("method: grpo\nreward_funcs: [a, b]\n")
+    for argv, wanted in (([], ["a", "b"]), (["--reward_funcs", "x"], ["x"])):
+        _, rest = flags.from_file([str(tmp_path / "run.yaml"), *NEEDED, *argv])
+        assert flags.parse(GRPOConfig, rest).reward_funcs == wanted
 
 
 def test_methods_are_listed_and_told(capsys):

@@ -57,6 +57,7 @@ def parse(config: type, argv: list[str]) -> Any:
     if rest:
         raise UserError(f"{rest[0]}: wanted a --flag; got a bare word")
     chosen = {f.name: getattr(values, f.name) for f in fields(config) if f.init}
+    chosen = {name: None if value == [None] else value for name, value in chosen.items()}
     result = config(**chosen)
     if losses is not None:
         loss_flags.take(result, losses, values)
@@ -64,7 +65,12 @@ def parse(config: type, argv: list[str]) -> Any:
 
 
 class _Parser(HfArgumentParser):
-    """argparse's own errors, told as ours."""
+    """argparse's own errors, told as ours; a list's flag may be repeated."""
+
+    def add_argument(self, *names, **options):
+        if options.get("nargs") == "+":
+            options["action"] = "extend"
+        return super().add_argument(*names, **options)
 
     def error(self, message: str):
         message = re.sub(r"/--[\w-]+", "", message).removeprefix("argument ")
@@ -114,7 +120,7 @@ def _expand_config(argv: list[str], config: type) -> list[str]:
     if place + 1 == len(argv):
         raise UserError("--config: wanted a YAML file; got nothing")
     values = _read_yaml(argv[place + 1], config)
-    return _flags_of(values, config) + argv[:place] + argv[place + 2 :]
+    return _flags_of(values, config, argv) + argv[:place] + argv[place + 2 :]
 
 
 def from_file(rest: list[str]) -> tuple[str, list[str]]:
@@ -126,7 +132,7 @@ def from_file(rest: list[str]) -> tuple[str, list[str]]:
         wanted = "`method:` one of " + ", ".join(CONFIGS)
         raise UserError(f"{rest[0]}: wanted {wanted}; got {method}")
     values = _read_yaml(rest[0], CONFIGS[method])
-    return method, _flags_of(values, CONFIGS[method]) + rest[1:]
+    return method, _flags_of(values, CONFIGS[method], rest[1:]) + rest[1:]
 
 
 def _read_yaml(file: str, config: type | None = None) -> dict[str, Any]:
@@ -145,13 +151,15 @@ def _read_yaml(file: str, config: type | None = None) -> dict[str, Any]:
     return values
 
 
-def _flags_of(values: dict[str, Any], config: type) -> list[str]:
-    """A YAML file is flags written down; an empty value is None, or the default where None is
-    not allowed."""
+def _flags_of(values: dict[str, Any], config: type, argv: list[str]) -> list[str]:
+    """A YAML file is flags written down, of which those in `argv` take the place; an empty value
+    is None, or the default where None is not allowed."""
     kinds = get_type_hints(config)
+    given = {_underscored(a)[2:].split("=")[0] for a in argv if a.startswith("--")}
     flags: list[str] = []
     for key, value in values.items():
-        if key in NOT_FLAGS or (value is None and not _is_optional(kinds.get(key))):
+        empty = value == [] or (value is None and not _is_optional(kinds.get(key)))
+        if empty or key in given or key in NOT_FLAGS:
             continue
         many = isinstance(value, list)
         flags += [f"--{key}", *map(str, value)] if many else [f"--{key}={value}"]

@@ -1,7 +1,8 @@
 """Feedback: completions -> rewards, by functions that may raise, hang or return nonsense.
 
 A function is TRL's: f(prompts, completions, completion_ids, **columns) -> a number or None for each
-completion, plain or `async`. None means that it does not apply.
+completion, plain or `async`. None means that it does not apply; an exception in the place of a
+number, that it failed on this completion.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class _Task:
     """One function's work on a batch: what the cache knows, the call, and its values."""
 
     def __init__(self, feedback: Feedback, reward: Reward, given: dict[str, list], logs: _Logs):
-        self.reward, self.caller, self.cache = reward, feedback.caller, feedback.cache
+        self.reward, self.caller = reward, feedback.caller
+        self.cache = None if reward.compares else feedback.cache
         self.logs = {"log_metric": logs.log_metric, "log_extra": logs.log_extra}
         self.arguments = {
             name: values
@@ -224,6 +226,8 @@ def _read(result: Any, count: int) -> list[float | Failure]:
 def _number(value: Any) -> float | Failure:
     if value is None:
         return math.nan
+    if isinstance(value, Exception):  # of one completion, by a function that goes on with others
+        return Failure("raised", f"raised {type(value).__name__}: {value}")
     try:
         value = value.item() if hasattr(value, "item") else value
         if not isinstance(value, (bool, int, float)):

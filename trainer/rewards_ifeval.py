@@ -16,7 +16,7 @@ from .rewards_text import texts
 
 
 def ifeval(
-    completions, instruction_id_list, kwargs, *, loose: bool = False, log_metric=None, **_
+    completions, instruction_id_list, kwargs, log_metric=None, *, loose: bool = False, **_
 ) -> list[float | None]:
     """The share of a row's instructions that the completion follows.
 

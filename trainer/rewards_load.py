@@ -20,6 +20,7 @@ from .loss_flags import nearest
 from .reward_model import RewardModel
 from .rewards_code import code
 from .rewards_ifeval import ifeval
+from .rewards_judge import judge
 from .rewards_math import accuracy, gsm8k, math
 from .rewards_text import format, length, repetition, soft_overlong
 
@@ -29,6 +30,7 @@ BUILTINS: dict[str, Callable] = {
     "accuracy": accuracy,
     "code": code,
     "ifeval": ifeval,
+    "judge": judge,
     "format": format,
     "length": length,
     "soft_overlong": soft_overlong,
@@ -47,6 +49,7 @@ class Reward:
     takes_all: bool  # whether it has **kwargs
     is_async: bool
     version: str  # changes when its source or options do
+    compares: bool  # completions with each other, so that none can be remembered alone
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """What of `given` to call it with."""
@@ -111,7 +114,12 @@ def describe(function: Callable, name: str, options: dict[str, Any]) -> Reward:
         if option not in named:
             raise UserError(f"{name}: no such option {option!r}{nearest(option, named)}")
     options = {**bound, **options}
-    free = {n: p for n, p in named.items() if n not in options}
+    ours = any(function is f for f in BUILTINS.values())  # with options by keyword alone
+    free = {
+        n: p
+        for n, p in named.items()
+        if n not in options and not (ours and p.kind is p.KEYWORD_ONLY)
+    }
     call = functools.partial(function, **options) if options else function
     return Reward(
         name=name,
@@ -121,6 +129,7 @@ def describe(function: Callable, name: str, options: dict[str, Any]) -> Reward:
         takes_all=bool(every) and not every[0].startswith("_"),
         is_async=_is_async(function),
         version=_version(function, options),
+        compares=function is judge,
     )
 
 
@@ -169,6 +178,7 @@ def _from_file(spec: str) -> Callable:
     module_spec = importlib.util.spec_from_file_location(f"prefuse_reward_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where a dataclass in it looks itself up
     _run(spec, lambda: module_spec.loader.exec_module(module))  # type: ignore[union-attr]
     return _attribute(spec, module, name)
 

@@ -20,17 +20,17 @@ def texts(completions: Sequence) -> list[str]:
     return [
         completion
         if isinstance(completion, str)
-        else "\n".join(_content(m) for m in completion if m.get("role", "assistant") == "assistant")
+        else "\n".join(content(m) for m in completion if m.get("role", "assistant") == "assistant")
         for completion in completions
     ]
 
 
-def _content(message: dict) -> str:
+def content(message: dict) -> str:
     """The text of a message, whose content may be a list of typed parts, or None in a tool call."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    given = message.get("content") or ""
+    if isinstance(given, str):
+        return given
+    return "".join(part.get("text", "") for part in given if isinstance(part, dict))
 
 
 def format(completions, *, pattern: str = THINK_ANSWER, **_) -> list[float]:
