@@ -87,7 +87,7 @@ def pair_examples(
     """
     for row in rows:
         for column in judged:
-            _require_number(row, column)
+            require_number(row, column)
         require_columns(row, ("chosen", "rejected"))
         kind = _completion_kind(row, "chosen")
         _require(row, "rejected", _completion_kind(row, "rejected"), kind, "as 'chosen' is")
@@ -99,7 +99,7 @@ def pair_examples(
     differ = lambda row: row.columns["chosen"] != row.columns["rejected"]  # noqa: E731
     distinct = [row for row in rows if identical or differ(row)]
     ledger.identical = len(rows) - len(distinct)
-    parts = [_split_prompt(row.columns) for row in distinct]
+    parts = [split_prompt(row.columns) for row in distinct]
     prompts = tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
     chosen = tokenize(tokenizer, [p + c for p, c, _ in parts], distinct)
     rejected = tokenize(tokenizer, [p + r for p, _, r in parts], distinct)
@@ -199,7 +199,7 @@ def _assistant_mask(row: Row, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(out["input_ids"], dtype=np.int64), scored
 
 
-def _split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
+def split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected; an implicit prompt is split off as TRL's extract_prompt does."""
     chosen, rejected = columns["chosen"], columns["rejected"]
     prompt = columns.get("prompt")
@@ -234,14 +234,14 @@ def _apply_template(tokenizer, messages: list[dict], row: Row, **options):
             f"{row.where}: the rows are conversations but the tokenizer has no chat template; set "
             "one, or give rows of plain text"
         )
-    options = {**_template_options(row.columns), **options}
+    options = {**template_options(row.columns), **options}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
         raise UserError(f"{row.where}: the chat template refuses the row: {error}") from None
 
 
-def _template_options(columns: dict[str, Any]) -> dict[str, Any]:
+def template_options(columns: dict[str, Any]) -> dict[str, Any]:
     tools = columns.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     options = columns.get("chat_template_kwargs") or {}
@@ -292,7 +292,7 @@ def require_columns(row: Row, wanted: Iterable[str]) -> None:
             )
 
 
-def _require_number(row: Row, column: str) -> None:
+def require_number(row: Row, column: str) -> None:
     """A finite number; a probability, for a preference."""
     value = row.columns.get(column)
     try:

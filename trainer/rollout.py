@@ -38,12 +38,35 @@ class Sampling:
                 raise UserError(f"{name}: wanted {wanted}; got {getattr(self, name)}")
 
 
+class Episode(NamedTuple):
+    """A conversation of T turns as tokens, the prompt included, [L]."""
+
+    tokens: np.ndarray  # [L] int64
+    own: np.ndarray  # [L] bool: sampled by the policy, so trained on; all else is context
+    logp: np.ndarray  # [L] float32, of its own tokens as the engine said; NaN elsewhere
+    rewards: np.ndarray  # [T] float64; NaN where the environment failed and is skipped
+    ends: np.ndarray  # [T] int64: a turn's own tokens end before this place
+    finish_reason: str  # done, max_turns, max_tokens or failed
+    messages: list[dict]  # what came after the opening: replies and observations
+    failure: str = ""  # what went wrong, and on which row
+
+    @property
+    def reward(self) -> float:
+        return float(self.rewards.sum())
+
+    def completion(self) -> Completion:
+        """Its own tokens alone, end to end."""
+        done = self.finish_reason == "done"
+        return Completion(self.tokens[self.own], self.logp[self.own], done, self)
+
+
 class Completion(NamedTuple):
     """What came after a prompt."""
 
     tokens: np.ndarray  # [L] int64, the EOS included where it was sampled
     logp: np.ndarray  # [L] float32 at the temperature, before top-p and the like; NaN if unknown
     finished: bool  # ended by an EOS; False: cut at max_new_tokens
+    episode: Episode | None = None  # of several turns, of which these are the policy's own tokens
 
 
 class Engine(Protocol):
