@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from tiny import (
     assert_same_gradients,
     gradients,
@@ -34,10 +35,11 @@ from prefuse.trainer.config import RewardConfig
 from prefuse.trainer.data import Example
 from prefuse.trainer.dist import Ranks, shard, start
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.model import load_tokenizer
 from prefuse.trainer.report import Meter
 from prefuse.trainer.reward_data import FORMATS, read_at_end, reward_examples
-from prefuse.trainer.reward_model import RewardModel, RewardScorer, fresh_head
-from prefuse.trainer.rows import Row
+from prefuse.trainer.reward_model import RewardModel, RewardScorer, fresh_head, load_scores
+from prefuse.trainer.rows import Row, load_rows
 from prefuse.trainer.schedule import Schedule
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -347,6 +349,97 @@ def test_mistakes_of_the_command_line(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):  # two ratings, a head of one number
         run_command(trained / "out", rows, tmp_path / "x", "--loss_type", "regression")
+
+
+def test_a_reward_model_s_folder_rewards_an_online_run(trained, tmp_path, capsys):
+    """Beside another reward; what it said of the samples is what it says of them alone."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w9 :"} for i in range(8)])
+    argv = ["grpo", "--model_name_or_path", str(trained / "model"), "--dataset_name", prompts]
+    argv += ["--output_dir", str(tmp_path / "o"), "--max_steps", "2", "--logging_steps", "1"]
+    argv += ["--per_device_train_batch_size", "8", "--max_completion_length", "6", "--bf16=false"]
+    judge = f"{trained / 'out'}?batch_size=3"
+    main([*argv, "--disable_tqdm", "--reward_funcs", judge, "length"])
+    samples = [json.loads(line) for line in (tmp_path / "o" / "samples.jsonl").open()]
+    assert {row["step"] for row in samples} == {1, 2}
+    texts = [[row[k] for row in samples] for k in ("prompt", "completion")]
+    found = [row["rewards"]["out"] for row in samples]
+    assert_close(found, RewardModel(str(trained / "out"))(*texts), rtol=0, atol=1e-5)
+    assert np.std(found) > 0
+    for wrong in (f"{trained / 'out'}?batch=3", str(trained / "model/nothing")):
+        with pytest.raises(SystemExit):
+            main([*argv, "--overwrite_output_dir", "--reward_funcs", wrong])
+        assert "no such" in capsys.readouterr().err or "does not import" in capsys.readouterr().err
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("reward*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_run(trained, tmp_path, recipe):
+    """Its settings are those of the run, and a few rows teach something in two steps."""
+    wanted = yaml.safe_load(recipe.read_text())
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of(FORMATS[wanted["loss_type"]]))
+    argv = ["train", str(recipe), "--model_name_or_path", str(trained / "model")]
+    argv += ["--dataset_name", rows, "--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
+    main([*argv, "--max_steps", "2", "--logging_steps", "1", "--lr_scheduler_type", "constant"])
+    used = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    free = ("max_steps", "lr_scheduler_type")
+    assert {k: used[k] for k in wanted if k not in free} == {
+        k: v for k, v in wanted.items() if k not in free
+    }
+    first, second = (json.loads(x)["loss"] for x in (tmp_path / "out/metrics.jsonl").open())
+    assert second < first
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("margins", [False, True])
+def test_ten_steps_of_trl_s_reward_trainer(data_dir, tmp_path, margins):
+    """The same head and HH pairs in the same order; with margins and centred rewards, too."""
+    trl = pytest.importorskip("trl", reason="parity needs the `peers` extra")
+    if not trl.__version__.startswith("1.16"):
+        pytest.skip(f"parity is with TRL 1.16; got {trl.__version__}")
+    from datasets import Dataset
+
+    source = str(data_dir / "models" / "stories260k")
+    tokenizer = load_tokenizer(source)
+    pad = tokenizer.pad_token_id
+    model = load_scores(
+        source, num_labels=1, dtype=torch.float32, layout="packed", pad_token_id=pad
+    )
+    folder = write_model(tmp_path / "model", model, tokenizer)
+    read = load_rows(str(data_dir / "prefs" / "hh_rlhf_train.jsonl"))[:400]
+    kept = {e.where for e in reward_examples(read, tokenizer, 384, "bradley_terry")[0]}
+    rows = [{k: r.columns[k] for k in ("chosen", "rejected")} for r in read if r.where in kept][:80]
+    if margins:
+        rows = [{**row, "margin": 0.1 * (k % 5)} for k, row in enumerate(rows)]
+    settings = dict(learning_rate=1e-3, max_steps=10, max_length=384, per_device_train_batch_size=8)
+    settings |= {"center_rewards_coefficient": 0.01} if margins else {}
+    found: list[float] = []
+
+    class Recording(trl.RewardTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            found.append(float(loss))
+            return loss
+
+    args = trl.RewardConfig(
+        output_dir=str(tmp_path / "trl"), bf16=False, use_cpu=True, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, **settings,
+    )  # fmt: skip
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    data = Dataset.from_list(rows)
+    Recording(model=theirs, args=args, train_dataset=data, processing_class=tokenizer).train()
+
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    argv = ["--model_name_or_path", folder, "--dataset_name", file, "--logging_steps", "1"]
+    argv += ["--output_dir", str(tmp_path / "ours"), "--shuffle_dataset=false", "--disable_tqdm"]
+    main(["reward", *argv, *(f"--{k}={v}" for k, v in settings.items())])
+    ours = [json.loads(x)["loss"] for x in (tmp_path / "ours" / "metrics.jsonl").open()]
+    assert max(found) - min(found) > 1e-2  # they move, so agreeing means something
+    np.testing.assert_allclose(ours, found, rtol=0, atol=1e-5)
 
 
 LOSSES_OF_RANKS = ("bradley_terry", "odin", "k_wise", "prm")

@@ -11,7 +11,8 @@ from .errors import UserError
 USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
 
   sft                 supervised fine-tuning
-  dpo                 offline preference optimisation
+  dpo                 offline preference optimisation, on pairs
+  kto                 on completions judged one at a time
   reward              reward, cost and process models
   grpo ppo rloo reinforce
                       policy gradients, from rewards of sampled completions
@@ -50,8 +51,8 @@ def _dispatch(argv: list[str]) -> None:
     command, *rest = argv
     if command == "train":
         command, rest = from_file(rest)
-    known = {"sft": _sft, "dpo": _dpo, "reward": _reward, "methods": _methods, "report": _report}
-    known |= {"demo": _demo, "train": None}
+    known = {"sft": _sft, "dpo": _dpo, "kto": _kto, "reward": _reward}
+    known |= {"methods": _methods, "report": _report, "demo": _demo, "train": None}
     known |= {name: partial(_online, name) for name in ONLINE}
     run = known.get(command)
     if run is None:
@@ -82,6 +83,16 @@ def _dpo(rest: list[str]) -> None:
     from .offline import run_dpo
 
     run_dpo(config)
+
+
+def _kto(rest: list[str]) -> None:
+    from .config import KTOConfig
+    from .flags import parse
+
+    config = parse(KTOConfig, rest)
+    from .kto import run_kto
+
+    run_kto(config)
 
 
 def _reward(rest: list[str]) -> None:

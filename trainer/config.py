@@ -144,12 +144,10 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class DPOConfig(TrainConfig):
-    """Offline preference optimisation on `chosen` + `rejected` rows, with or without `prompt`."""
+class ReferenceConfig(TrainConfig):
+    """Offline training against a reference model."""
 
     learning_rate: float = flag(default=1e-6, help="Peak learning rate.")
-    loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
-    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
     ref_model_name_or_path: str | None = flag(
         default=None, help="The reference model. Unset: the model as it is before training."
     )
@@ -177,6 +175,22 @@ class DPOConfig(TrainConfig):
             "a reference that is kept",
             "precompute_ref_log_probs, which frees it",
         )
+
+
+@dataclass(frozen=True)
+class DPOConfig(ReferenceConfig):
+    """Offline preference optimisation on `chosen` + `rejected` rows, with or without `prompt`."""
+
+    loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+
+
+@dataclass(frozen=True)
+class KTOConfig(ReferenceConfig):
+    """Offline optimisation on completions judged one at a time: `prompt`, `completion`, `label`."""
+
+    loss_type: str = flag(default="kto", help="Which unpaired loss; see `prefuse methods`.")
+    hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import loss_flags
-from .config import DPOConfig, RewardConfig, SFTConfig
+from .config import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from .errors import UserError
 from .loss_flags import nearest
 from .online_config import (
@@ -27,6 +27,7 @@ from .online_config import (
 CONFIGS = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
+    "kto": KTOConfig,
     "reward": RewardConfig,
     "grpo": GRPOConfig,
     "ppo": PPOConfig,

@@ -11,10 +11,17 @@ import torch
 
 from prefuse.kernels import policy, preference
 from prefuse.kernels.policy_parts import Actions
-from prefuse.kernels.preference import BATCHWISE, hyperparameters, inputs, preference_loss
+from prefuse.kernels.preference import (
+    BATCHWISE,
+    hyperparameters,
+    inputs,
+    preference_loss,
+    unpaired_loss,
+)
+from prefuse.kernels.preference_parts import Labelled
 
 from . import reward
-from .config import DPOConfig, RewardConfig
+from .config import DPOConfig, KTOConfig, RewardConfig
 from .errors import UserError
 from .objectives import JUDGED, PROVIDED
 from .online_config import OnlineDPOConfig, PolicyConfig, PPOConfig
@@ -116,6 +123,13 @@ def _check_pair_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
     preference_loss(loss_type=loss_type, **dict.fromkeys(needed, torch.ones(1)), **hyperparameters)
 
 
+def _check_unpaired_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
+    one = torch.ones(1)
+    needed = set(inputs(preference.UNPAIRED_LOSSES[loss_type], Labelled)) - {"logp"}
+    given = {name: one > 0 if name == "label" else one for name in needed}
+    unpaired_loss(one, loss_type=loss_type, **given, **hyperparameters)
+
+
 def _check_policy_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
     needed = inputs(policy.LOSSES[loss_type], Actions)
     absent = set(needed) - COLUMNS
@@ -138,6 +152,7 @@ ALIASES = {"centering": "center_rewards_coefficient"}  # TRL's name
 COMMANDS: dict[type, Losses] = {
     RewardConfig: Losses(reward.LOSSES, reward.check),
     DPOConfig: Losses(preference.LOSSES, _check_pair_loss),
+    KTOConfig: Losses(preference.UNPAIRED_LOSSES, _check_unpaired_loss),
     PolicyConfig: Losses(policy.LOSSES, _check_policy_loss),
     PPOConfig: Losses(
         # PPO has a gamma of its own

@@ -143,11 +143,13 @@ def following(
 
     @torch.no_grad()
     def after_step(done: int) -> None:
+        method.after_step(done)
         if done % every == 0:
             for old, new in zip(reference.parameters(), scorer.parameters(), strict=True):
                 old.lerp_(new, alpha)
 
-    return method._replace(after_step=after_step, modules={"reference": reference})
+    modules = {**method.modules, "reference": reference}
+    return method._replace(after_step=after_step, modules=modules)
 
 
 def cached_reference(table: Tensor) -> Reference:

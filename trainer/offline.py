@@ -10,7 +10,7 @@ import torch
 
 from . import checkpoint, objectives
 from .batch import pack
-from .config import DPOConfig, SFTConfig, TrainConfig, updated
+from .config import DPOConfig, ReferenceConfig, SFTConfig, TrainConfig, updated
 from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
 from .errors import UserError
@@ -51,14 +51,28 @@ def run_dpo(config: DPOConfig) -> None:
             if config.sync_ref_model:
                 raise UserError(f"--sync_ref_model: {config.loss_type} has no reference to move")
             return objectives.dpo(None, config.loss_type, config.hyperparameters)
-        reference, model = _reference(config, examples, ranks, report)
-        method = objectives.dpo(reference, config.loss_type, config.hyperparameters)
-        if config.sync_ref_model:
-            share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
-            method = objectives.following(method, scorer, model, share, every)
-        return method
+        return referenced(
+            config,
+            scorer,
+            examples,
+            ranks,
+            report,
+            lambda ref: objectives.dpo(ref, config.loss_type, config.hyperparameters),
+        )
 
     run(config, "dpo", tokenize, method)
+
+
+def referenced(
+    config: ReferenceConfig, scorer: Scorer, examples: list[Example], ranks: Ranks, report, make
+) -> Method:
+    """The method that `make` makes of a reference, which moves if the user asks for it."""
+    reference, model = _reference(config, examples, ranks, report)
+    method = make(reference)
+    if config.sync_ref_model:
+        share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        method = objectives.following(method, scorer, model, share, every)
+    return method
 
 
 def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> None:
@@ -150,7 +164,7 @@ def prepare(config, scorer: Scorer) -> None:
 
 
 def _reference(
-    config: DPOConfig, examples: list[Example], ranks: Ranks, report
+    config: ReferenceConfig, examples: list[Example], ranks: Ranks, report
 ) -> tuple[Reference, Scorer]:
     """pi_ref: a model kept beside the policy, or its scores of the data; and that model."""
     name = config.ref_model_name_or_path or config.model_name_or_path
@@ -173,16 +187,17 @@ def _reference(
 
 
 def _precompute(config, score: Reference, examples: list[Example], ranks: Ranks, report):
-    """Reference log-probs [E, 2] of all examples, each scored on one rank."""
+    """Reference log-probs [E, sequences] of all examples, each scored on one rank."""
     size = config.per_device_eval_batch_size
     order = sorted(range(len(examples)), key=lambda i: examples[i].n_tokens)
     batches = [[examples[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
     mine = share_out(batches, ranks)
-    table = torch.zeros(len(examples), 2, dtype=torch.float64)
+    each = len(examples[0].sequences)
+    table = torch.zeros(len(examples), each, dtype=torch.float64)
     with report.progress(config.disable_tqdm) as progress:
         bar = progress.add_task("reference", total=len(mine), status="")
         for rows in mine:
             batch = pack(rows, config.layout == "shared").to(ranks.device)
-            table[batch.examples.cpu()] = score(batch).view(-1, 2).double().cpu()
+            table[batch.examples.cpu()] = score(batch).view(-1, each).double().cpu()
             progress.advance(bar)
     return ranks.total(table).float().to(ranks.device)
