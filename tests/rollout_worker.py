@@ -2,7 +2,6 @@
 
 import json
 
-import conftest  # noqa: F401  finds prefuse in a clone that was never installed
 import numpy as np
 import torch
 from tiny import scorer_of, tiny_model, tiny_tokenizer
@@ -37,7 +36,3 @@ def main() -> None:
     found.append(sampled(engine, count))
     print(json.dumps(found))
     dist.stop()
-
-
-if __name__ == "__main__":
-    main()

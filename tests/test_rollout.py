@@ -8,7 +8,6 @@ import subprocess
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,9 +299,9 @@ def test_two_ranks_sample_from_their_shards_as_one_does():
         free.bind(("127.0.0.1", 0))
         env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     env |= dict(CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
-    worker = str(Path(rollout_worker.__file__))
+    code = "import conftest, rollout_worker; rollout_worker.main()"
     processes = [
-        python(worker, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)
+        python("-c", code, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)
     ]
     outputs = [p.communicate(timeout=120)[0] for p in processes]
     plain = policy(tie=True)
