@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import conftest  # noqa: F401  finds prefuse in a clone that was never installed
@@ -107,7 +108,12 @@ def train(method: str, config, scorer, objective, ranks: Ranks, held_out=()) -> 
     report = Losses(config, ranks)
     examples = examples_of(method)
     schedule = Schedule(examples, config, ranks)
-    loop.train(config, objective, scorer, schedule, list(held_out), ranks, report, Meter(ranks))
+    optimizer = loop.make_optimizer(scorer, config)
+    evaluation = None
+    if held_out:
+        evaluation = partial(loop.evaluate, config, objective, scorer, list(held_out), ranks)
+    run = (config, objective, scorer, optimizer, schedule, evaluation)
+    loop.train(*run, ranks, report, Meter(ranks))
     return report.seen
 
 

@@ -2,44 +2,14 @@
 
 import json
 import socket
-from pathlib import Path
 
 import pytest
 import torch
+from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import command, tiny_model, write_model, write_rows
+from tiny import command, write_rows
 from torch.testing import assert_close
 
-from prefuse.trainer.cli import main
-
-REWARDS = Path(__file__).with_name("online_rewards.py")
-PROMPTS = [{"prompt": f"w{i} w{j} :"} for i in range(6) for j in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return write_model(tmp_path_factory.mktemp("model"), tiny_model(seed=3))
-
-
-@pytest.fixture
-def run(model, tmp_path):
-    """Runs a command in this process; returns the lines of its metrics.jsonl."""
-
-    def run(command: str, name: str, *more: str, reward: str = "share_of_w7") -> list[dict]:
-        argv = ["--model_name_or_path", model, "--output_dir", str(tmp_path / name)]
-        argv += ["--dataset_name", write_rows(tmp_path / f"{name}.jsonl", PROMPTS)]
-        argv += ["--reward_funcs", f"{REWARDS}:{reward}", "--max_completion_length", "6"]
-        argv += ["--logging_steps", "1", "--bf16", "false", "--disable_tqdm", *more]
-        main([command, *argv])
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    return run
-
-
-LEARN = ["--per_device_train_batch_size", "64", "--learning_rate", "1e-2", "--save_steps", "0"]
-LEARN += ["--lr_scheduler_type", "constant", "--max_steps"]
-FULL = pytest.mark.full
 COMMANDS = [
     ("grpo", "25", []),
     ("rloo", "30", ["--beta", "0"]),
@@ -52,18 +22,18 @@ COMMANDS = [
 
 @pytest.mark.parametrize("seed", ["1", *(pytest.param(s, marks=FULL) for s in ("2", "3"))])
 @pytest.mark.parametrize("command, steps, more", COMMANDS)
-def test_the_best_answer_is_found(run, command, steps, more, seed):
+def test_the_best_answer_is_found(online_run, command, steps, more, seed):
     """The reward is the share of w7 among six tokens; 1 is the best there is."""
-    lines = run(command, "out", *LEARN, steps, "--seed", seed, *more)
+    lines = online_run(command, "out", *LEARN, steps, "--seed", seed, *more)
     rewards = [x["reward"] for x in lines if "reward" in x]
     assert rewards[0] < 0.2
     assert sum(rewards[-2:]) / 2 >= 0.95
 
 
 @pytest.mark.parametrize("more", [(), ("--num_mini_batches", "2", "--num_iterations", "2")])
-def test_without_learning_nothing_moves(run, more):
+def test_without_learning_nothing_moves(online_run, more):
     options = ["--per_device_train_batch_size", "16", "--learning_rate", "0", "--beta", "0.5"]
-    lines = run("grpo", "out", *options, "--max_steps", "4", "--loss_type", "grpo", *more)
+    lines = online_run("grpo", "out", *options, "--max_steps", "4", "--loss_type", "grpo", *more)
     for line in lines:
         assert_close(line["kl"], 0.0, atol=1e-9, rtol=0)
         assert_close(line["policy/approx_kl"], 0.0, atol=1e-6, rtol=0)
@@ -73,15 +43,15 @@ def test_without_learning_nothing_moves(run, more):
 
 
 @pytest.mark.parametrize("command", ["grpo", "ppo", "online-dpo", "raft"])
-def test_resume_is_straight_through(run, tmp_path, command):
+def test_resume_is_straight_through(online_run, tmp_path, command):
     """Prompts, samples, losses and weights, exactly."""
     options = ["--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
     options += ["--max_steps", "8", "--num_mini_batches", "2", "--num_iterations", "1"]
-    straight = run(command, "straight", *options)
-    run(command, "broken", *options, "--save_steps", "3")  # a window ends after step 4
+    straight = online_run(command, "straight", *options)
+    online_run(command, "broken", *options, "--save_steps", "3")  # a window ends after step 4
     saved = {p.name for p in (tmp_path / "broken").glob("checkpoint-*")}
     assert saved == {"checkpoint-4", "checkpoint-6"}
-    resumed = run(
+    resumed = online_run(
         command,
         "broken",
         *options,
@@ -94,8 +64,8 @@ def test_resume_is_straight_through(run, tmp_path, command):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-def test_samples_are_written(run, tmp_path):
-    run("grpo", "out", "--max_steps", "2", "--per_device_train_batch_size", "8")
+def test_samples_are_written(online_run, tmp_path):
+    online_run("grpo", "out", "--max_steps", "2", "--per_device_train_batch_size", "8")
     rows = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] * 4 + [2] * 4
     for row in rows:
@@ -117,17 +87,25 @@ def test_samples_are_written(run, tmp_path):
         (["--max_completion_length", "200"], "128"),
     ],
 )
-def test_mistakes_are_told(run, more, wanted, capsys):
+def test_mistakes_are_told(online_run, more, wanted, capsys):
     with pytest.raises(SystemExit) as exit:
-        run("grpo", "out", "--max_steps", "1", *more)
+        online_run("grpo", "out", "--max_steps", "1", *more)
     assert exit.value.code == 2
     assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=FULL)])
-def test_two_ranks_are_one(model, tmp_path, name):
+def test_two_ranks_are_one(online_model, tmp_path, name):
     """The same prompts, samples, rewards and losses, whether one process has them or two."""
-    argv = [name, "--model_name_or_path", model, "--max_completion_length", "6", "--max_steps", "2"]
+    argv = [
+        name,
+        "--model_name_or_path",
+        online_model,
+        "--max_completion_length",
+        "6",
+        "--max_steps",
+        "2",
+    ]
     argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", PROMPTS), "--disable_tqdm"]
     argv += ["--reward_funcs", f"{REWARDS}:share_of_w7", "--logging_steps", "1", "--bf16", "false"]
     argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--beta", "0.01"]

@@ -8,11 +8,11 @@ from tiny import gradients, pair_rows, scorer_of, tiny_tokenizer, write_model
 from torch.testing import assert_close
 
 from prefuse.trainer import loop
-from prefuse.trainer.advantages import Judged, advantages
+from prefuse.trainer.controls import Controls
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.experience import Window
-from prefuse.trainer.learners import policy_method
 from prefuse.trainer.online_config import GRPOConfig
+from prefuse.trainer.policy_learner import policy
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rollout import Completion
@@ -114,27 +114,21 @@ def test_a_step_is_trls(case, tmp_path):
     )  # fmt: skip
     config.hyperparameters.update(hyperparameters)
     scores = torch.tensor(reward(tokens), dtype=torch.float64)
-    judged = Judged(
-        scores,
-        scores[:, None],
-        torch.ones(1),
-        window.cu_groups,
-        window.cu_seqlens,
-        config.scale_rewards,
-        lambda x: x,
-    )
-    window.columns["advantages"] = advantages(config.advantage, judged).numpy()
+    window.rewards, window.parts = scores, scores[:, None]
+    controls = Controls(config.beta)
+    learner = policy(config, controls, lambda x: x)
+    batches = learner.batches(window, 0)
     starts = window.cu_seqlens[:-1].long()
     assert_close(torch.tensor(window.columns["advantages"])[starts], given["advantages"])
     if config.beta:
         kept = given["completion_mask"].bool()
         window.columns["ref_logp"] = given["ref_per_token_logps"][kept].numpy()
+        batches = window.micro_batches()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     scorer = scorer_of(model)
     scorer.temperature = TEMPERATURE
-    batches = window.micro_batches()
-    losses = loop.backward(config, policy_method(config), scorer, batches, ALONE, Meter(ALONE))
-    units = sum(len(t) for t in tokens) if policy_method(config).unit == "token" else 2 * EACH
+    losses = loop.backward(config, learner.method, scorer, batches, ALONE, Meter(ALONE))
+    units = sum(len(t) for t in tokens) if learner.method.unit == "token" else 2 * EACH
     assert_close(sum(losses) / units, found["loss"].detach(), rtol=1e-5, atol=1e-6)
     for name, grad in gradients(model).items():
         assert_close(grad, found["gradients"][name].to(grad), rtol=1e-5, atol=1e-5, msg=name)

@@ -8,9 +8,9 @@ from transformers import LlamaForSequenceClassification
 
 from prefuse.trainer import loop
 from prefuse.trainer.attention import ATTENTION
+from prefuse.trainer.controls import Controls
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.experience import Window
-from prefuse.trainer.learners import judged_by
 from prefuse.trainer.online_config import PPOConfig
 from prefuse.trainer.ppo import ActorCritic, Critic, ppo, ppo_method
 from prefuse.trainer.prompts import Prompt
@@ -100,9 +100,10 @@ def test_a_step_in_float64():
         window.set(name, torch.cat([plain(*old, *row)[part] for row in rows]))
     window.set("ref_logp", torch.cat([plain(*ref, *row)[0] for row in rows]))
     scores = torch.tensor(rewards, dtype=torch.float64)
-    judged = judged_by(window, config, scores[:, None], scores, np.ones(1), lambda x: x)
-    learner = ppo(config, ppo_method(config), lambda x: x)
-    batches = learner.batches(window, judged)
+    window.rewards, window.parts = scores, scores[:, None]
+    controls = Controls(config.beta)
+    learner = ppo(config, ppo_method(config, controls), controls, lambda x: x)
+    batches = learner.batches(window, 0)
     critics["new"].set_attn_implementation(ATTENTION)
     both = ActorCritic(scorer_of(models["new"]), Critic(critics["new"], "shared"))
     losses = loop.backward(config, learner.method, both, batches, ALONE, Meter(ALONE))

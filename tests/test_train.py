@@ -193,7 +193,10 @@ def test_an_exported_model_gives_the_same_logits(tmp_path, tie):
     )
     report = Report(config, "sft", ALONE)
     schedule = Schedule(ragged_pairs(), config, ALONE)
-    loop.train(config, objectives.sft(), scorer, schedule, [], ALONE, report, Meter(ALONE))
+    loop.train(
+        *(config, objectives.sft(), scorer, loop.make_optimizer(scorer, config), schedule, None),
+        *(ALONE, report, Meter(ALONE)),
+    )
     tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "fresh"))
     export(model, checkpoint.full_state(scorer, ALONE), tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
@@ -349,7 +352,10 @@ def test_nothing_finite_leaves_weights_and_optimizer_as_they_were(tmp_path, what
             method._replace(objective=spoiled),
             Schedule(ragged_pairs(), config, ALONE),
         )
-        loop.train(config, spoilt, scorer, schedule, [], ALONE, report, Meter(ALONE))
+        loop.train(
+            *(config, spoilt, scorer, loop.make_optimizer(scorer, config), schedule, None),
+            *(ALONE, report, Meter(ALONE)),
+        )
     assert all(torch.equal(p, before[name]) for name, p in scorer.named_parameters())
 
 

@@ -16,11 +16,12 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
   reward              reward, cost and process models
   grpo ppo rloo reinforce
                       policy gradients, from rewards of sampled completions
-  online-dpo raft     preference optimisation and fine-tuning on the best of them
+  online-dpo nash-md raft
+                      preferences among them, and fine-tuning on the best
   train FILE.yaml     what the file's `method` says, with its other keys as flags
   methods [NAME]      the losses: formulas, papers, what they read, hyperparameters
   report FOLDER       makes report.html of a run again, finished or not
-  demo                SFT, then DPO, of a tiny model on a generated task
+  demo                SFT, DPO and GRPO of a tiny model on a generated task
 
 prefuse COMMAND --help lists the flags.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,6 +37,14 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; every rank gets the same answer."""
         return bool(self.total(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any rank has, in order."""
+        every: list[list[str]] = [list(names)]
+        if self.world > 1:
+            every = [[] for _ in range(self.world)]
+            dist.all_gather_object(every, list(names))
+        return sorted({name for found in every for name in found})
 
     def barrier(self) -> None:
         if self.world > 1:

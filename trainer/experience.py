@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -20,6 +20,9 @@ class Window:
     """Completions [S] of this rank, `each` of them for every prompt, micro_rows a micro-batch.
 
     number: of the window in the run.
+    others: completions of the same prompts that are judged but never trained on.
+    rewards: [S] float64, weighted; NaN where none was given. parts: [S, F], of each function.
+    costs: [S], where there are any.
     columns: numbers of every token of every completion, end to end [M].
     kept: bool [S], the completions that are trained on; all but empty ones at first.
     """
@@ -29,11 +32,16 @@ class Window:
     each: int
     micro_rows: int
     number: int = 0
+    others: Window | None = None
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
+    parts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    costs: Tensor | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def __post_init__(self):
-        self.kept = np.array([len(c.tokens) > 0 for c in self.completions], dtype=bool)
+        if len(self.kept) != len(self.completions):
+            self.kept = np.array([len(c.tokens) > 0 for c in self.completions], dtype=bool)
 
     @property
     def cu_groups(self) -> Tensor:
@@ -46,45 +54,114 @@ class Window:
         lengths = torch.tensor([0, *(len(c.tokens) for c in self.completions)])
         return lengths.cumsum(0).int()
 
+    @property
+    def finished(self) -> Tensor:
+        """bool [S]: ended by themselves."""
+        return torch.tensor([c.finished for c in self.completions], dtype=torch.bool)
+
+    @property
+    def groups(self) -> Tensor:
+        """Rewards [G, K]."""
+        return self.rewards.view(-1, self.each)
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Rewards [G, K] of those that are kept, NaN for the others."""
+        return np.where(self.kept, self.rewards.numpy(), np.nan).reshape(-1, self.each)
+
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.each]
 
-    def micro_batches(self) -> list[list[Example]]:
+    def informative(self) -> np.ndarray:
+        """bool [G]: a prompt whose completions do not all have the same reward."""
+        groups = self.groups.numpy()
+        differ = np.fmax.reduce(groups, axis=1) > np.fmin.reduce(groups, axis=1)
+        return np.asarray(differ, dtype=bool)
+
+    def taken(self, groups: Iterable[int]) -> Window:
+        """Of these prompts alone; before any column is set."""
+        assert not self.columns
+        chosen = list(groups)
+        rows = [g * self.each + k for g in chosen for k in range(self.each)]
+        return Window(
+            [self.prompts[g] for g in chosen],
+            [self.completions[i] for i in rows],
+            self.each,
+            self.micro_rows,
+            self.number,
+            None if self.others is None else self.others.taken(chosen),
+            self.rewards[rows],
+            self.parts[rows],
+            None if self.costs is None else self.costs[rows],
+            kept=self.kept[rows],
+        )
+
+    def joined(self, more: Window) -> Window:
+        """With the prompts of another after its own; before any column is set."""
+        assert not self.columns and not more.columns
+        others = self.others
+        if others is not None and more.others is not None:
+            others = others.joined(more.others)
+        costs = self.costs
+        if costs is not None and more.costs is not None:
+            costs = torch.cat([costs, more.costs])
+        return Window(
+            self.prompts + more.prompts,
+            self.completions + more.completions,
+            self.each,
+            self.micro_rows,
+            self.number,
+            others,
+            torch.cat([self.rewards, more.rewards]),
+            torch.cat([self.parts, more.parts]),
+            costs,
+            kept=np.concatenate([self.kept, more.kept]),
+        )
+
+    def micro_batches(self, every: bool = False) -> list[list[Example]]:
         """An Example is what a micro-batch has of a prompt's group, and shares the prompt. Their
-        number does not depend on what is kept, so it is the same on every rank."""
+        number does not depend on what is kept, so it is the same on every rank.
+
+        every: those that are left out as well.
+        """
+        told = np.array([len(c.tokens) > 0 for c in self.completions], dtype=bool)
+        taken = told if every else self.kept
         batches = []
         for start in range(0, len(self.completions), self.micro_rows):
             stop = min(start + self.micro_rows, len(self.completions))
-            rows = [i for i in range(start, stop) if self.kept[i]]
+            rows = [i for i in range(start, stop) if taken[i]]
             groups = groupby(rows, lambda i: i // self.each)
-            batches.append([self._example(list(members)) for _, members in groups])
+            batches.append([self.example(list(members)) for _, members in groups])
         return batches
 
-    def picked(self, choose: Callable[[range], list[int]]) -> list[list[Example]]:
-        """Whole groups to a micro-batch, of each the completions that `choose` names, in order."""
-        groups = [range(i, i + self.each) for i in range(0, len(self.completions), self.each)]
-        chosen = [choose(group) for group in groups]
+    def picked(self, choose: Callable[[int], list[Example]]) -> list[list[Example]]:
+        """What `choose` makes of each prompt's group, by its place; whole groups a micro-batch."""
+        chosen = [choose(group) for group in range(len(self.prompts))]
         size = max(1, self.micro_rows // self.each)
         batches = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        return [[self._example(members) for members in batch if members] for batch in batches]
+        return [[example for made in batch for example in made] for batch in batches]
 
     def set(self, name: str, values: Tensor) -> None:
         """A column, from numbers of every token [M]."""
         self.columns[name] = values.detach().cpu().numpy()
+
+    def column(self, name: str) -> Tensor:
+        return torch.from_numpy(self.columns[name])
 
     def spread(self, name: str, values: Tensor) -> None:
         """A column from a number of every completion [S]; 0 for NaN."""
         lengths = self.cu_seqlens.diff().long()
         self.set(name, values.float().nan_to_num(nan=0.0).repeat_interleave(lengths))
 
-    def _example(self, members: list[int]) -> Example:
+    def example(self, members: list[int], judged: tuple[float, ...] = ()) -> Example:
+        """Completions of one prompt, in this order; judged: numbers that the loss reads."""
         prompt, bounds = self.prompt_of(members[0]), self.cu_seqlens.tolist()
         columns = {
             name: np.concatenate([values[bounds[i] : bounds[i + 1]] for i in members])
             for name, values in self.columns.items()
         }
         sequences = tuple(self._sequence(prompt.tokens, i) for i in members)
-        return Example(members[0], sequences, prompt.where, columns=columns)
+        return Example(members[0], sequences, prompt.where, judged, columns)
 
     def _sequence(self, prompt: np.ndarray, i: int) -> Sequence:
         tokens = np.concatenate([prompt, self.completions[i].tokens])

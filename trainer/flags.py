@@ -17,6 +17,7 @@ from .errors import UserError
 from .loss_flags import nearest
 from .online_config import (
     GRPOConfig,
+    NashMDConfig,
     OnlineDPOConfig,
     PPOConfig,
     RAFTConfig,
@@ -34,9 +35,10 @@ CONFIGS = {
     "rloo": RLOOConfig,
     "reinforce": ReinforceConfig,
     "online-dpo": OnlineDPOConfig,
+    "nash-md": NashMDConfig,
     "raft": RAFTConfig,
 }
-ONLINE = ("grpo", "ppo", "rloo", "reinforce", "online-dpo", "raft")
+ONLINE = ("grpo", "ppo", "rloo", "reinforce", "online-dpo", "nash-md", "raft")
 NOT_FLAGS = ("method", "versions")  # keys that a run's config.yaml has besides its flags
 
 

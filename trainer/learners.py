@@ -3,195 +3,122 @@ every token beforehand, and the micro-batches."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from prefuse.kernels.objective import Objective, Unit
-from prefuse.kernels.policy import LOSSES, policy_loss
-from prefuse.kernels.policy_parts import Actions
-from prefuse.kernels.preference_parts import probe
 
 from . import objectives
-from .advantages import ESTIMATORS, NEED_GROUPS, Judged, advantages
-from .batch import PackedBatch
+from .advantages import ESTIMATORS, NEED_GROUPS
 from .data import Example
 from .errors import UserError
 from .experience import Window
 from .loss_flags import nearest
-from .objectives import Method, Reference
+from .objectives import Method
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
-from .scores import Scorer
+from .selection import best_of
+
+ONE_STREAM = {"gdpo", "spo", "remax", "nash", "pass_at_k"}  # estimators of rewards alone
 
 
 class Learner(NamedTuple):
-    """scores: the log-probs that the judgement or the loss reads, of the policy as it sampled
-    ("old_logp") and of the reference ("ref_logp")."""
+    """scores: what is read of all sampled tokens: the log-probs of the policy as it sampled
+    ("old_logp") and of the reference ("ref_logp"), a critic's "values".
+    batches: of a window and the number of the pass over it."""
 
     method: Method
     scores: tuple[str, ...]
-    batches: Callable[[Window, Judged], list[list[Example]]]
+    batches: Callable[[Window, int], list[list[Example]]]
 
 
-def learner(config: OnlineConfig, scorer: Scorer, reference: Scorer | None, live) -> Learner:
-    """That of the configuration's command; live: the reference as offline methods take it."""
-    if isinstance(config, PolicyConfig):
-        return _policy(config)
-    if isinstance(config, OnlineDPOConfig):
-        return _pairs(config, scorer, reference, live)
-    assert isinstance(config, RAFTConfig)
-    return _best(config)
+def raft(config: RAFTConfig) -> Learner:
+    """A prompt's best completions, as demonstrations; of ReST's passes each has a threshold."""
 
+    def batches(window: Window, iteration: int) -> list[list[Example]]:
+        groups = window.candidates
+        least = config.min_reward or [-np.inf]
+        threshold = least[min(iteration, len(least) - 1)]
 
-def needs_reference(config: OnlineConfig) -> bool:
-    if isinstance(config, PolicyConfig):
-        return config.beta != 0
-    if isinstance(config, OnlineDPOConfig):
-        return objectives.needs_reference(config.loss_type)
-    return False
-
-
-def check(config: OnlineConfig) -> None:
-    """What the configuration's own checks cannot know."""
-    if not isinstance(config, PolicyConfig) or isinstance(config, PPOConfig):
-        return
-    if config.advantage not in ESTIMATORS:
-        raise UserError(
-            f"--advantage: wanted one of {', '.join(ESTIMATORS)}; got {config.advantage}"
-            f"{nearest(config.advantage, ESTIMATORS)}"
-        )
-    if config.advantage in NEED_GROUPS and config.num_generations < 2:
-        raise UserError(
-            f"--num_generations: wanted 2 or more, for advantage {config.advantage} compares the "
-            f"completions of a prompt; got {config.num_generations}"
-        )
-
-
-def _policy(config: PolicyConfig) -> Learner:
-    steps = config.num_mini_batches * config.num_iterations
-    scores = ["old_logp"] if steps > 1 or config.kl_in_reward and config.beta else []
-    scores += ["ref_logp"] if config.beta else []
-
-    def batches(window: Window, judged: Judged) -> list[list[Example]]:
-        window.set("advantages", advantages(config.advantage, judged))
-        window.spread("reward", judged.rewards)
-        by_group = judged.rewards.view(-1, window.each)
-        window.spread("pass_rate", by_group.nanmean(1).repeat_interleave(window.each))
-        if config.filter_zero_std and window.each > 1:
-            differ = by_group.amax(1) > by_group.amin(1)
-            window.kept &= differ.repeat_interleave(window.each).numpy()
-        return window.micro_batches()
-
-    return Learner(policy_method(config), tuple(scores), batches)
-
-
-def policy_method(config: PolicyConfig) -> Method:
-    """The policy loss on the columns of the scored tokens."""
-    needed, surrogate = probe(LOSSES[config.loss_type], Actions)
-    unit: Unit = "token" if surrogate.aggregation == "token-mean" else "sequence"
-    correction = config.importance_sampling_correction
-    options: dict[str, Any] = dict(config.hyperparameters, loss_type=config.loss_type)
-    uses_rollout = correction != "none" or "rollout_logp" in needed
-    if correction != "none":
-        options["rollout_mode"] = correction
-        options["rollout_bounds"] = (0.0, config.importance_sampling_clip_max)
-
-    def objective(scorer: Scorer, batch: PackedBatch) -> Objective:
-        stats = scorer(batch, ("logp", "entropy"))
-        assert stats.entropy is not None
-        logp, nothing = stats.logp, stats.logp.new_zeros(0)
-
-        def column(name: str) -> Tensor | None:
-            return batch.columns.get(name, None if len(logp) else nothing)
-
-        result = policy_loss(
-            logp,
-            column("old_logp"),
-            column("advantages"),
-            ref_logp=column("ref_logp") if config.beta else None,
-            rollout_logp=column("rollout_logp") if uses_rollout else None,
-            cu_seqlens=batch.score_cu_seqlens,
-            beta=0.0 if config.kl_in_reward else config.beta,
-            kl=config.kl,
-            entropy=stats.entropy,
-            entropy_coef=config.entropy_coef,
-            max_length=config.max_completion_length,
-            **{name: column(name) for name in ("reward", "pass_rate") if name in needed},
-            **options,
-        )
-        return result._replace(metrics={**result.metrics, **_gap(logp, column("rollout_logp"))})
-
-    return Method(objective, unit)
-
-
-def _gap(logp: Tensor, rollout_logp: Tensor | None) -> dict[str, Tensor]:
-    """How far the engine's log-probs are from the trainer's, where the engine told them."""
-    if rollout_logp is None:
-        return {}
-    return {"sampling/logp_difference": (logp.detach() - rollout_logp).abs().nan_to_num(nan=0.0)}
-
-
-def _pairs(
-    config: OnlineDPOConfig, scorer: Scorer, reference: Scorer | None, live: Reference | None
-) -> Learner:
-    """A prompt's best completion against its worst."""
-    method = objectives.dpo(live, config.loss_type, config.hyperparameters)
-    if config.sync_ref_model and reference is not None:
-        share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
-        method = objectives.following(method, scorer, reference, share, every)
-
-    def batches(window: Window, judged: Judged) -> list[list[Example]]:
-        rewards = np.where(window.kept, judged.rewards.numpy(), np.nan)
-
-        def best_and_worst(group: range) -> list[int]:
-            known = [i for i in group if rewards[i] == rewards[i]]
-            ordered = sorted(known, key=lambda i: -rewards[i])
-            if len(ordered) < 2 or rewards[ordered[0]] == rewards[ordered[-1]]:
-                return []
-            return [ordered[0], ordered[-1]]
-
-        return window.picked(best_and_worst)
-
-    return Learner(method, (), batches)
-
-
-def _best(config: RAFTConfig) -> Learner:
-    """A prompt's best completions, as demonstrations."""
-    least = -np.inf if config.min_reward is None else config.min_reward
-
-    def batches(window: Window, judged: Judged) -> list[list[Example]]:
-        rewards = np.where(window.kept, judged.rewards.numpy(), np.nan)
-
-        def best(group: range) -> list[int]:
-            good = [i for i in group if rewards[i] >= least]
-            return sorted(sorted(good, key=lambda i: -rewards[i])[: config.keep_best])
+        def best(group: int) -> list[Example]:
+            rewards = np.where(groups[group] >= threshold, groups[group], np.nan)
+            chosen = best_of(rewards, config.keep_best, drawing(config, window, group))
+            first = group * window.each
+            return [window.example([first + i for i in chosen])] if chosen else []
 
         return window.picked(best)
 
     return Learner(objectives.sft(), (), batches)
 
 
-def judged_by(window: Window, config: OnlineConfig, each: Tensor, rewards: Tensor, weights, reduce):
-    """What the estimators read, from the rewards and the columns of the window."""
-    policy = config if isinstance(config, PolicyConfig) else None
-    in_reward = policy is not None and policy.kl_in_reward and policy.beta != 0
-    logps = {}
-    if in_reward:
-        logps = {
-            "logp": torch.from_numpy(window.columns["old_logp"]),
-            "ref_logp": torch.from_numpy(window.columns["ref_logp"]),
-        }
-    return Judged(
-        rewards,
-        each,
-        torch.from_numpy(weights),
-        window.cu_groups,
-        window.cu_seqlens,
-        policy.scale_rewards if policy else "none",
-        reduce,
-        kl_coef=policy.beta if policy else 0.0,
-        **logps,
-    )
+def drawing(config: OnlineConfig, window: Window, group: int) -> np.random.Generator:
+    """What is drawn for a prompt depends on the seed, the window and the prompt, not on ranks."""
+    key = f"{config.seed} {window.number} {window.prompts[group].index}".encode()
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+
+
+def needs_reference(config: OnlineConfig) -> bool:
+    if isinstance(config, PolicyConfig):
+        return config.beta != 0
+    if isinstance(config, OnlineDPOConfig):
+        return objectives.needs_reference(config.loss_type) and not config.reanchor
+    return False
+
+
+def check(config: OnlineConfig) -> None:
+    """What the configuration's own checks cannot know."""
+    if config.sync_ref_model and not needs_reference(config):
+        raise UserError("--sync_ref_model: wanted a run with a reference model; this one has none")
+    if isinstance(config, PolicyConfig) and not isinstance(config, PPOConfig):
+        _check_policy(config)
+    if isinstance(config, OnlineDPOConfig):
+        _check_pairs(config)
+
+
+def _check_policy(config: PolicyConfig) -> None:
+    name = config.advantage
+    if name not in ESTIMATORS:
+        raise UserError(
+            f"--advantage: wanted one of {', '.join(ESTIMATORS)}; got {name}"
+            f"{nearest(name, ESTIMATORS)}"
+        )
+    if name in NEED_GROUPS and config.num_generations < 2:
+        raise UserError(
+            f"--num_generations: wanted 2 or more, for advantage {name} compares the "
+            f"completions of a prompt; got {config.num_generations}"
+        )
+    if name == "pass_at_k" and config.pass_k > config.num_generations:
+        raise UserError(
+            f"--pass_k: wanted at most --num_generations {config.num_generations}; got "
+            f"{config.pass_k}"
+        )
+    if config.cost_funcs and name in ONE_STREAM:
+        raise UserError(
+            f"--cost_funcs: wanted an advantage of any numbers, such as grpo or rloo; {name} is of "
+            "rewards alone"
+        )
+    if config.kl_in_reward and config.beta and name in {"gdpo", "pass_at_k"}:
+        raise UserError(f"--kl_in_reward: advantage {name} does not read it; pass false")
+
+
+def _check_pairs(config: OnlineDPOConfig) -> None:
+    name, each = config.loss_type, config.num_generations
+    if name == "xpo" and each % 2:
+        raise UserError(
+            f"--num_generations: wanted an even number, for half of xpo's completions are the "
+            f"reference's; got {each}"
+        )
+    if name == "xpo" and config.reanchor:
+        raise UserError("--reanchor: xpo explores away from a reference that stays; pass false")
+    if name == "egpo" and each < 3:
+        raise UserError(
+            f"--num_generations: wanted 3 or more, for egpo compares a pair with opponents; got "
+            f"{each}"
+        )
+    if config.extragradient and (
+        name != "egpo" or config.num_iterations * config.num_mini_batches > 1
+    ):
+        raise UserError(
+            "--extragradient: wanted --loss_type egpo and one step a sampling, with num_iterations "
+            "and num_mini_batches 1"
+        )

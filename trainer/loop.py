@@ -28,20 +28,23 @@ def train(
     config,
     method: Method,
     scorer: nn.Module,
+    optimizer: torch.optim.Optimizer,
     schedule: Steps,
-    held_out: list[Example],
+    evaluation: Callable[[int], dict[str, float]] | None,
     ranks: Ranks,
     report: Report,
     meter: Meter,
 ) -> None:
-    """Trains `scorer` in place: batch -> scores -> objective -> step, with logs and checkpoints."""
-    optimizer = make_optimizer(scorer, config)
+    """Trains `scorer` in place: batch -> scores -> objective -> step, with logs and checkpoints.
+
+    evaluation: what is measured on held-out data, by the steps done.
+    """
     learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
-    start = resume(config, method, scorer, optimizer, learning_rate, report)
+    start = resume(config, method, scorer, optimizer, learning_rate, schedule, report)
     scorer.train()
 
-    if config.eval_on_start and not start:
-        report.metrics(0, evaluate(config, method, scorer, held_out, ranks))
+    if evaluation and config.eval_on_start and not start:
+        report.metrics(0, evaluation(0))
         meter.clear()
 
     stop = due = False
@@ -71,8 +74,8 @@ def train(
                 report.metrics(done, {**values, "learning_rate": rate, "epoch": epoch})
                 progress.update(bar, status=f"{values['tokens_per_second']:.0f} tokens/s")
                 meter.clear()
-            if evaluates(config, done, schedule):
-                values = evaluate(config, method, scorer, held_out, ranks)
+            if evaluation and evaluates(config, done, schedule):
+                values = evaluation(done)
                 report.metrics(done, values)
                 meter.started += values["eval_runtime"]
             stop = stop or ranks.any(interrupted())
@@ -84,7 +87,11 @@ def train(
                     ranks,
                     {"model": scorer, **method.modules},
                     optimizer,
-                    {"step": done, "learning_rate": learning_rate.state_dict()},
+                    {
+                        "step": done,
+                        "learning_rate": learning_rate.state_dict(),
+                        "schedule": schedule.state(),
+                    },
                     config.save_total_limit,
                 )
                 if stop:
@@ -142,13 +149,16 @@ def make_scheduler(optimizer, config, total_steps: int):
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
-def resume(config, method: Method, scorer, optimizer, learning_rate, report: Report) -> int:
+def resume(
+    config, method: Method, scorer, optimizer, learning_rate, schedule: Steps, report: Report
+) -> int:
     """The step to begin with."""
     if not config.resume_from_checkpoint:
         return 0
     path = checkpoint.resolve(Path(config.output_dir), config.resume_from_checkpoint)
     progress = checkpoint.load(path, {"model": scorer, **method.modules}, optimizer)
     learning_rate.load_state_dict(progress["learning_rate"])
+    schedule.restore(progress["schedule"])
     report.forget_after(progress["step"])
     report.say(f"resumed {path} at step {progress['step']}")
     return progress["step"]
@@ -200,7 +210,7 @@ def evaluates(config, done: int, schedule: Steps) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    config, method: Method, scorer: nn.Module, examples: list[Example], ranks: Ranks
+    config, method: Method, scorer: nn.Module, examples: list[Example], ranks: Ranks, done: int = 0
 ) -> dict[str, float]:
     """The objective's means over held-out examples."""
     meter = Meter(ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,11 @@ from prefuse.kernels.preference_parts import Labelled
 from . import reward
 from .config import DPOConfig, KTOConfig, RewardConfig
 from .errors import UserError
-from .objectives import JUDGED, PROVIDED
+from .objectives import EXPLORED, JUDGED, PROVIDED
 from .online_config import OnlineDPOConfig, PolicyConfig, PPOConfig
+
+OF_ROWS = frozenset({*PROVIDED, *JUDGED})
+OF_SAMPLES = OF_ROWS | {EXPLORED, "prev_chosen", "prev_rejected"}
 
 
 class Losses(NamedTuple):
@@ -106,7 +110,9 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{best}?" if best and likeness(best) >= 0.6 else ""
 
 
-def _check_pair_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
+def _check_pair_loss(
+    loss_type: str, hyperparameters: dict[str, Any], provided: frozenset[str] = OF_ROWS
+) -> None:
     loop = "call prefuse.kernels.preference.preference_loss in a loop of your own"
     if loss_type in BATCHWISE:
         raise UserError(
@@ -114,7 +120,7 @@ def _check_pair_loss(loss_type: str, hyperparameters: dict[str, Any]) -> None:
             f"command sees a part at a time; {loop}"
         )
     needed = inputs(preference.LOSSES[loss_type])
-    absent = set(needed) - PROVIDED - set(JUDGED)
+    absent = set(needed) - provided
     if absent:
         raise UserError(
             f"--loss_type {loss_type}: it reads {', '.join(sorted(absent))} of every pair, "
@@ -159,5 +165,5 @@ COMMANDS: dict[type, Losses] = {
         {k: f for k, f in policy.LOSSES.items() if "gamma" not in hyperparameters(f)},
         _check_policy_loss,
     ),
-    OnlineDPOConfig: Losses(preference.LOSSES, _check_pair_loss),
+    OnlineDPOConfig: Losses(preference.LOSSES, partial(_check_pair_loss, provided=OF_SAMPLES)),
 }

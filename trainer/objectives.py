@@ -21,6 +21,7 @@ from .scores import Scorer
 # what `dpo` gives a loss of a pair, from scores and from columns of the data
 PROVIDED = {"chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len"}
 JUDGED = ("margin", "preference")
+EXPLORED = "explored"  # of an online pair: 1 where the reference sampled the chosen completion
 
 Reference = Callable[[PackedBatch], Tensor]
 
@@ -69,7 +70,7 @@ def sequence_logps(scorer: Scorer, batch: PackedBatch) -> Tensor:
 def judged_columns(loss_type: str) -> tuple[str, ...]:
     """The columns of the data, besides its texts, that a pair loss reads."""
     needed = inputs(LOSSES[loss_type])
-    return tuple(name for name in JUDGED if name in needed)
+    return tuple(name for name in (*JUDGED, EXPLORED) if name in needed)
 
 
 def needs_reference(loss_type: str) -> bool:
@@ -88,8 +89,16 @@ def learns_from_identical(loss_type: str, hyperparameters: dict[str, Any]) -> bo
     return bool((torch.autograd.grad(loss.sum(), logp)[0].abs() > 1e-12).any())
 
 
-def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, Any]) -> Method:
-    """A preference loss on pairs packed as chosen, rejected, chosen, rejected, ..."""
+def dpo(
+    reference: Reference | None,
+    loss_type: str,
+    hyperparameters: dict[str, Any],
+    previous: Reference | None = None,
+) -> Method:
+    """A preference loss on pairs packed as chosen, rejected, chosen, rejected, ...
+
+    previous: the policy of the round before, for a loss that reads it.
+    """
     columns = judged_columns(loss_type)
 
     def objective(scorer: Scorer, batch: PackedBatch) -> Objective:
@@ -98,7 +107,12 @@ def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, 
         ref_chosen = ref_rejected = None
         if reference is not None:
             ref_chosen, ref_rejected = _halves(reference(batch))
-        numbers = batch.judged.reshape(len(batch.examples), len(columns))
+        table = batch.judged.reshape(len(batch.examples), len(columns))
+        given = dict(zip(columns, table.unbind(1), strict=True))
+        if EXPLORED in given:
+            given[EXPLORED] = torch.where(given[EXPLORED] > 0.5, chosen, rejected)
+        if previous is not None:
+            given["prev_chosen"], given["prev_rejected"] = _halves(previous(batch))
         loss = preference_loss(
             chosen,
             rejected,
@@ -107,7 +121,7 @@ def dpo(reference: Reference | None, loss_type: str, hyperparameters: dict[str, 
             loss_type=loss_type,
             chosen_len=chosen_len,
             rejected_len=rejected_len,
-            **dict(zip(columns, numbers.unbind(1), strict=True)),
+            **given,
             **hyperparameters,
         )
         logps = {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
@@ -150,6 +164,16 @@ def following(
 
     modules = {**method.modules, "reference": reference}
     return method._replace(after_step=after_step, modules=modules)
+
+
+def column_reference(name: str) -> Reference:
+    """Log-probs of sequences from those of their tokens that travel with the examples."""
+
+    def score(batch: PackedBatch) -> Tensor:
+        nothing = torch.zeros(len(batch.targets), device=batch.targets.device)
+        return segment_sum(batch.columns.get(name, nothing), batch.score_cu_seqlens)
+
+    return score
 
 
 def cached_reference(table: Tensor) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .config import DPOConfig, ReferenceConfig, SFTConfig, TrainConfig, updated
 from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
 from .errors import UserError
-from .loop import autocast, train
+from .loop import autocast, evaluate, make_optimizer, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
 from .report import Meter, Report, claim_folder
@@ -80,7 +81,7 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> Non
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    train_rows, eval_rows = _rows(config)
+    train_rows, eval_rows = train_and_held_out(config)
     examples, ledger = tokenize(train_rows, tokenizer)
     ledgers = {"data": ledger}
     held_out: list[Example] = []
@@ -98,7 +99,9 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> Non
     prepare(config, scorer)
     scorer = shard(scorer, ranks)
     schedule = Schedule(examples, config, ranks)
-    train(config, method, scorer, schedule, held_out, ranks, report, Meter(ranks))
+    optimizer = make_optimizer(scorer, config)
+    evaluation = partial(evaluate, config, method, scorer, held_out, ranks) if held_out else None
+    train(config, method, scorer, optimizer, schedule, evaluation, ranks, report, Meter(ranks))
     state = checkpoint.full_state(scorer, ranks)
     if ranks.is_main:
         export(scorer.model, state, tokenizer, Path(config.output_dir))
@@ -114,7 +117,7 @@ def resolve(config, ranks: Ranks):
     return config
 
 
-def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+def train_and_held_out(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows."""
     rows = load_rows(config.dataset_name, config.dataset_train_split, config.dataset_config)
     if config.eval_dataset_name:

@@ -29,8 +29,23 @@ class OnlineConfig(TrainConfig):
         default="stop", help="What a reward that raises, hangs or is no number leads to."
     )
     reward_timeout: float = flag(default=60.0, help="Seconds for a call of a reward.")
+    reward_combination: Literal["sum", "normalized_sum", "min"] = flag(
+        default="sum", help="Of several rewards: of their values, of their z-scores, the least."
+    )
+    missing_eos_penalty: float | None = flag(
+        default=None, help="Taken off the reward of a completion cut at max_completion_length."
+    )
+    preference: Literal["larger", "bradley_terry", "difference"] = flag(
+        default="larger",
+        help="How likely a completion beats another, from two rewards: 1 for the larger; the "
+        "sigmoid of their difference; 1/2 and half their difference, for rewards in [0, 1].",
+    )
+    win_rates: bool = flag(
+        default=False, help="Learn from win rates among a prompt's completions, not from rewards."
+    )
 
     num_generations: int = flag(default=8, help="Completions of a prompt.")
+    num_generations_eval: int = flag(default=1, help="Completions of a held-out prompt.")
     max_prompt_length: int | None = flag(
         default=512, help="Longest prompt in tokens; longer ones are skipped and counted."
     )
@@ -53,16 +68,22 @@ class OnlineConfig(TrainConfig):
     ref_model_name_or_path: str | None = flag(
         default=None, help="The reference model. Unset: the model as it is before training."
     )
+    sync_ref_model: bool = flag(
+        default=False, help="Move the reference towards the policy as it trains."
+    )
+    ref_model_mixup_alpha: float = flag(
+        default=0.6, help="The policy's share in the moved reference; 1 replaces it."
+    )
+    ref_model_sync_steps: int = flag(default=512, help="Optimizer steps between two moves.")
     log_completions: int = flag(default=4, help="Completions written to samples.jsonl a log line.")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_generations", "max_completion_length", "num_iterations"):
+        counts = ("num_generations", "num_generations_eval", "max_completion_length")
+        for name in (*counts, "num_iterations"):
             require(getattr(self, name) >= 1, name, "a positive number", getattr(self, name))
-        for name in ("eval_strategy", "eval_on_start", "max_tokens_per_micro_batch"):
-            value = getattr(self, name)
-            offline = "a command that trains on given rows"
-            require(value in ("no", False, None), name, offline, f"{value} for an online one")
+        size = self.max_tokens_per_micro_batch
+        require(size is None, "max_tokens_per_micro_batch", "a command on given rows", size)
         wanted = "a reward: a built-in name, package.module.function or file.py:function"
         require(bool(self.reward_funcs), "reward_funcs", wanted, "none")
         require(self.num_mini_batches >= 1, "num_mini_batches", "1 or more", self.num_mini_batches)
@@ -99,13 +120,48 @@ class PolicyConfig(OnlineConfig):
         default=False, help="Take the KL off the reward instead of adding it to the loss."
     )
     entropy_coef: float = flag(default=0.0, help="Of an entropy bonus.")
+    pass_k: int = flag(default=2, help="k of the pass_at_k estimator.")
     filter_zero_std: bool = flag(
         default=False, help="Do not train on groups whose rewards are all equal (DAPO)."
     )
+    refill: int = flag(
+        default=0,
+        help="With filter_zero_std: how often to sample more prompts in place of such groups.",
+    )
+    select: Literal["all", "best", "best_random", "best_worst"] = flag(
+        default="all", help="Which of a prompt's completions are trained on (PF-PPO)."
+    )
+    keep: int = flag(default=2, help="How many of them.")
+    kl_target: float | None = flag(
+        default=None, help="Adapt beta to this mean KL of a sequence, in nats."
+    )
+    kl_horizon: float = flag(default=10000.0, help="Over about so many completions.")
+    cost_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Costs, given as rewards are; their sum is held at cost_limit."},
+    )
+    cost_limit: float = flag(default=0.0, help="The mean cost that a completion may have.")
+    cost_decay: float = flag(default=0.9, help="Of the moving average of the cost.")
+    multiplier_init: float = flag(default=1.0, help="The cost's first weight, lambda.")
+    multiplier_rate: float = flag(default=0.1, help="How fast ln lambda follows the cost.")
+    multiplier_max: float = flag(default=5.0, help="The most that lambda becomes.")
     importance_sampling_correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = flag(default="none", help="Weigh by pi_old / pi_rollout, as the engine reported it.")
     importance_sampling_clip_max: float = flag(default=2.0, help="The most that weight may be.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        filters = self.refill == 0 or self.filter_zero_std
+        require(filters and self.refill >= 0, "refill", "0, or filter_zero_std true", self.refill)
+        require(self.keep >= 1, "keep", "1 or more", self.keep)
+        target, horizon = self.kl_target, self.kl_horizon
+        positive = target is None or target > 0 and self.beta > 0
+        require(positive, "kl_target", "a positive number, with a positive beta", target)
+        require(horizon > 0, "kl_horizon", "a positive number", horizon)
+        require(0 <= self.cost_decay < 1, "cost_decay", "a number in [0, 1)", self.cost_decay)
+        for name in ("multiplier_init", "multiplier_rate", "multiplier_max"):
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -142,6 +198,26 @@ class ReinforceConfig(PolicyConfig):
 
 
 @dataclass(frozen=True)
+class NashMDConfig(PolicyConfig):
+    """Nash-MD: against samples of a geometric mixture of the policy and the reference."""
+
+    loss_type: str = flag(default="reinforce", help="Which policy loss; see `prefuse methods`.")
+    advantage: Literal["nash"] = flag(default="nash", help="How likely the mixture is beaten.")
+    num_generations: int = flag(default=1, help="Completions of a prompt, and of the mixture.")
+    beta: float = flag(default=0.1, help="Coefficient of the KL to the reference model.")
+    kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of Nash-MD.")
+    mixture_coef: float = flag(default=0.5, help="The reference's share in the mixture.")
+    engine: Literal["generate"] = flag(default="generate", help="It mixes two models.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.kl_in_reward, "kl_in_reward", "true for Nash-MD", self.kl_in_reward)
+        require(self.beta > 0, "beta", "a positive number", self.beta)
+        share = self.mixture_coef
+        require(0 < share < 1, "mixture_coef", "a number between 0 and 1", share)
+
+
+@dataclass(frozen=True)
 class PPOConfig(PolicyConfig):
     """PPO: a critic beside the policy, GAE, the KL in the reward of every token."""
 
@@ -153,12 +229,19 @@ class PPOConfig(PolicyConfig):
     kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of PPO.")
     gamma: float = flag(default=1.0, help="Discount of a token's reward.")
     lam: float = flag(default=0.95, help="Lambda of GAE.")
+    critic_lam: float | None = flag(default=None, help="Of the critic's returns; lam if unset.")
+    lam_alpha: float | None = flag(
+        default=None, help="VAPO's lambda instead: 1 - 1 / (lam_alpha x completion length)."
+    )
     vf_coef: float = flag(default=0.1, help="Coefficient of the critic's loss.")
     cliprange_value: float = flag(default=0.2, help="How far a value moves before it is clipped.")
     critic_model_name_or_path: str | None = flag(
         default=None,
         help="A critic or reward model with the policy's tokenizer. Unset: the "
         "policy's body with a head of zeros.",
+    )
+    cost_critic_model_name_or_path: str | None = flag(
+        default=None, help="The critic of the costs, likewise."
     )
     critic_warmup_windows: int = flag(default=0, help="Samplings in which the critic learns alone.")
 
@@ -169,6 +252,9 @@ class PPOConfig(PolicyConfig):
             value = getattr(self, name)
             require(0 <= value <= 1, name, "a number in [0, 1]", value)
         require(self.vf_coef >= 0, "vf_coef", "a number from 0", self.vf_coef)
+        for name in ("lam_alpha", "critic_lam"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "a positive number", value)
 
 
 @dataclass(frozen=True)
@@ -190,18 +276,30 @@ class OnlineDPOConfig(PickingConfig):
 
     loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
     hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
-    sync_ref_model: bool = flag(
-        default=False, help="Move the reference towards the policy as it trains."
+    pairs: Literal["best_worst", "best_random", "random"] = flag(
+        default="best_worst", help="Which two of a prompt's completions, the better one chosen."
     )
-    ref_model_mixup_alpha: float = flag(
-        default=0.6, help="The policy's share in the moved reference; 1 replaces it."
+    min_margin: float = flag(default=0.0, help="Least difference of a pair's rewards.")
+    rso_eta: float | None = flag(
+        default=None,
+        help="Keep completions with probability exp((r - r_max) / rso_eta) before they are paired.",
     )
-    ref_model_sync_steps: int = flag(default=512, help="Optimizer steps between two moves.")
+    reanchor: bool = flag(
+        default=False, help="The reference is the policy that sampled, anew at every sampling."
+    )
+    extragradient: bool = flag(
+        default=False,
+        help="Of egpo: every second step starts where the one before did, against opponents "
+        "sampled at its end.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         each = self.num_generations
         require(each >= 2, "num_generations", "2 or more, to prefer one to another", each)
+        require(self.rso_eta is None or self.rso_eta > 0, "rso_eta", "above 0", self.rso_eta)
+        anchored = self.reanchor and self.sync_ref_model
+        require(not anchored, "reanchor", "without sync_ref_model, which moves a model", True)
 
 
 @dataclass(frozen=True)
@@ -211,11 +309,15 @@ class RAFTConfig(PickingConfig):
     learning_rate: float = flag(default=1e-5, help="Peak learning rate.")
     num_generations: int = flag(default=8, help="Completions of a prompt.")
     keep_best: int = flag(default=1, help="How many of a prompt's completions are trained on.")
-    min_reward: float | None = flag(
-        default=None, help="Train only on completions with at least this reward."
+    min_reward: list[float] | None = field(
+        default=None,
+        metadata={"help": "Least reward of what is trained on; several are for ReST's passes."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         each = self.num_generations
         require(1 <= self.keep_best <= each, "keep_best", f"1 to {each}", self.keep_best)
+        passes, least = self.num_iterations, self.min_reward
+        wanted = f"one number, or one for each of num_iterations {passes}"
+        require(least is None or len(least) in (1, passes), "min_reward", wanted, least)

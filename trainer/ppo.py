@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from prefuse.kernels.advantage import shaped_gae
-from prefuse.kernels.credit import at_ends
+from prefuse.kernels.advantage import ShapedGae, length_adaptive_lam, shaped_gae
+from prefuse.kernels.credit import at_ends, lagrangian
 from prefuse.kernels.objective import Objective
 from prefuse.kernels.value_losses import value_clipped
-from prefuse.kernels.whitening import Reduce, whiten
+from prefuse.kernels.whitening import Reduce, whiten, whitening_statistics
 
-from .advantages import Judged
 from .attention import ATTENTION
 from .batch import PackedBatch
+from .controls import Controls
 from .data import Example
 from .errors import UserError
 from .experience import Window
-from .learners import Learner, policy_method
+from .learners import Learner
 from .model import load_tokenizer
 from .objectives import Method
 from .online_config import PPOConfig
+from .policy_learner import policy_method, select
 from .scores import Scorer, hidden_states
 
 
@@ -42,21 +41,22 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """What PPO's optimizer steps."""
+    """What PPO's optimizer steps; cost_critic: of a run with costs."""
 
-    def __init__(self, actor: Scorer, critic: Critic):
+    def __init__(self, actor: Scorer, critic: Critic, cost_critic: Critic | None = None):
         super().__init__()
-        self.actor, self.critic = actor, critic
+        self.actor, self.critic, self.cost_critic = actor, critic, cost_critic
 
 
-def load_critic(config: PPOConfig, tokenizer) -> Critic:
+def load_critic(config: PPOConfig, tokenizer, flag: str = "critic_model_name_or_path") -> Critic:
     """A saved critic or reward model; or the policy's body, whose head of zeros says 0 at first."""
-    name = config.critic_model_name_or_path or config.model_name_or_path
-    if config.critic_model_name_or_path is not None:
+    chosen = getattr(config, flag)
+    name = chosen or config.model_name_or_path
+    if chosen is not None:
         theirs = load_tokenizer(name, config.trust_remote_code)
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"--critic_model_name_or_path {name}: wanted the policy's tokenizer, because the "
+                f"--{flag} {name}: wanted the policy's tokenizer, because the "
                 "critic reads the same tokens; got another vocabulary"
             )
     shape = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -80,47 +80,75 @@ def load_critic(config: PPOConfig, tokenizer) -> Critic:
     return Critic(model, config.layout)
 
 
-def ppo(config: PPOConfig, policy: Method, reduce: Reduce) -> Learner:
-    """GAE of rewards at the last token less the KL at every token, whitened over the window."""
-    scores = ("old_logp", "values") + (("ref_logp",) if config.beta else ())
+def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -> Learner:
+    """GAE of rewards at the last token less the KL at every token, whitened over the window.
 
-    def batches(window: Window, judged: Judged) -> list[list[Example]]:
-        column: Callable[[str], Tensor] = lambda name: torch.from_numpy(window.columns[name])  # noqa: E731
-        logps = (column("old_logp"), column("ref_logp")) if config.beta else ()
-        values = column("values")
-        rewards = judged.rewards.to(values.dtype).nan_to_num(nan=0.0)
-        found = shaped_gae(
-            at_ends(rewards, judged.cu_seqlens, judged.tokens),
-            values,
-            judged.cu_seqlens,
-            *logps,
-            kl_coef=config.beta,
-            gamma=config.gamma,
-            lam=config.lam,
-            impl="reference" if values.dtype == torch.float64 else "auto",  # which keeps float64
-        )
-        white = whiten(found.advantages, reduce(found.statistics))
+    Of costs too, by a critic of their own: the advantages are mixed by Safe RLHF's multiplier.
+    """
+    scores = ("old_logp", *(("ref_logp",) if config.beta else ()), "values")
+    scores += ("cost_values",) if config.cost_funcs else ()
+
+    def batches(window: Window, iteration: int) -> list[list[Example]]:
+        if iteration:
+            return window.micro_batches()
+        found = _gae(config, window, window.rewards, "values", controls.beta)
+        window.set("returns", found.returns)
+        mixed, statistics = found.advantages, found.statistics
+        if window.costs is not None:
+            costs = _gae(config, window, window.costs, "cost_values", -controls.beta)
+            window.set("cost_returns", costs.returns)
+            mixed = lagrangian(mixed, costs.advantages, controls.log_multiplier)
+            statistics = whitening_statistics(mixed)
+        white = whiten(mixed, reduce(statistics))
         warm = window.number >= config.critic_warmup_windows
         window.set("advantages", white if warm else torch.zeros_like(white))
-        window.set("returns", found.returns)
+        select(window, config)
         return window.micro_batches()
 
     def objective(both: ActorCritic, batch: PackedBatch) -> Objective:
         result = policy.objective(both.actor, batch)
-        values = both.critic(batch)
-        given = batch.columns or {"returns": values.detach(), "values": values.detach()}
-        value = value_clipped(
-            values, given["returns"], given["values"], cliprange=config.cliprange_value
-        )
-        metrics = {**result.metrics, **value.metrics, "value_loss": value.loss.detach()}
-        return result._replace(loss=result.loss + config.vf_coef * value.loss, metrics=metrics)
+        loss, metrics = result.loss, dict(result.metrics)
+        for critic, kind in ((both.critic, ""), (both.cost_critic, "cost_")):
+            if critic is None:
+                continue
+            values = critic(batch)
+            nothing = values.detach()
+            returns, old = (
+                batch.columns[name] if name in batch.columns else nothing
+                for name in (f"{kind}returns", f"{kind}values")
+            )
+            value = value_clipped(values, returns, old, cliprange=config.cliprange_value)
+            loss = loss + config.vf_coef * value.loss
+            told = {**value.metrics, "value_loss": value.loss.detach()}
+            metrics |= {f"{kind}{name}": number for name, number in told.items()}
+        return result._replace(loss=loss, metrics=metrics)
 
     return Learner(policy._replace(objective=objective), scores, batches)
 
 
-def ppo_method(config: PPOConfig) -> Method:
+def _gae(
+    config: PPOConfig, window: Window, rewards: Tensor, critic: str, kl_coef: float
+) -> ShapedGae:
+    """Of one stream of rewards, by its critic's values."""
+    values, bounds = window.column(critic), window.cu_seqlens
+    logps = (window.column("old_logp"), window.column("ref_logp")) if config.beta else ()
+    adaptive = config.lam_alpha is not None
+    return shaped_gae(
+        at_ends(rewards.to(values.dtype).nan_to_num(nan=0.0), bounds, len(values)),
+        values,
+        bounds,
+        *logps,
+        kl_coef=kl_coef,
+        gamma=config.gamma,
+        lam=length_adaptive_lam(bounds, alpha=config.lam_alpha or 1.0) if adaptive else config.lam,
+        critic_lam=config.critic_lam,
+        impl="reference" if values.dtype == torch.float64 else "auto",  # which keeps float64
+    )
+
+
+def ppo_method(config: PPOConfig, controls: Controls) -> Method:
     """The policy's part; the critic's is counted in tokens too."""
-    method = policy_method(config)
+    method = policy_method(config, controls)
     if method.unit != "token":
         raise UserError(
             f"--loss_type {config.loss_type}: it averages over sequences, and the critic's loss "

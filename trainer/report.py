@@ -173,9 +173,9 @@ class Meter:
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
     def read(self) -> dict[str, float]:
-        names = sorted(self.sums)
-        packed = [self.sums[n].cpu() for n in names] + [
-            torch.as_tensor(self.counts[n]).cpu() for n in names
+        names = self.ranks.union(self.sums)  # a reward's own metrics may be of one rank alone
+        packed = [torch.as_tensor(self.sums.get(n, 0.0)).cpu() for n in names] + [
+            torch.as_tensor(self.counts.get(n, 0)).cpu() for n in names
         ]
         packed = torch.stack([x.double() for x in (*packed, torch.tensor(float(self.tokens)))])
         totals = self.ranks.total(packed).tolist()

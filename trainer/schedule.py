@@ -7,7 +7,7 @@ any split of them over ranks and micro-batches gives the same gradient.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +27,12 @@ class Steps(Protocol):
     def resumable(self, done: int) -> bool:
         """Whether a checkpoint after `done` steps holds all that the next step needs."""
         ...
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know besides the step; the same on every rank."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
     def step(self, step: int) -> list[list[Example]]:
         """This rank's micro-batches of optimizer step `step`; every rank has as many."""
@@ -56,6 +62,12 @@ class Schedule:
 
     def resumable(self, done: int) -> bool:
         return True
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
 
     def step(self, step: int) -> list[list[Example]]:
         """This rank's micro-batches of optimizer step `step`; every rank has as many."""

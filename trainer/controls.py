@@ -1,0 +1,66 @@
+"""Numbers that an online run adjusts as it goes: the KL's coefficient, the weight of a cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels.credit import update_log_multiplier
+from prefuse.kernels.kl import adaptive_coefficient
+from prefuse.kernels.segments import segment_sum
+
+from .dist import Ranks
+from .experience import Window
+from .online_config import PolicyConfig
+
+
+@dataclass
+class Controls:
+    """The same on every rank; checkpoints hold them.
+
+    beta: the KL's coefficient. log_multiplier: of the Lagrange multiplier of the cost.
+    mean_cost: its moving average; None before the first.
+    """
+
+    beta: float = 0.0
+    log_multiplier: float = 0.0
+    mean_cost: float | None = None
+
+    def adjust(self, config: PolicyConfig, window: Window, ranks: Ranks) -> dict[str, Tensor]:
+        """After a window is judged and before it is learnt from; what the log tells."""
+        told = {}
+        if config.kl_target is not None:
+            kl = window.column("old_logp").double() - window.column("ref_logp").double()
+            each = segment_sum(kl, window.cu_seqlens)
+            mean, count = _mean(each, ranks)
+            found = adaptive_coefficient(
+                self.beta, mean, target=config.kl_target, horizon=config.kl_horizon, steps=count
+            )
+            self.beta = float(found)
+            told = {"kl_coef": torch.tensor([self.beta]), "sequence_kl": torch.tensor([mean])}
+        if window.costs is not None:
+            known = window.costs[~window.costs.isnan()]
+            mean, count = _mean(known, ranks)
+            share = config.cost_decay if self.mean_cost is not None else 0.0
+            if count:
+                self.mean_cost = share * (self.mean_cost or 0.0) + (1 - share) * mean
+                moved = update_log_multiplier(
+                    torch.tensor(self.log_multiplier, dtype=torch.float64),
+                    self.mean_cost - config.cost_limit,
+                    rate=config.multiplier_rate,
+                    largest=config.multiplier_max,
+                )
+                self.log_multiplier = float(moved)
+            told["cost_multiplier"] = torch.tensor([self.log_multiplier]).exp()
+        return told
+
+    def state(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+def _mean(x: Tensor, ranks: Ranks) -> tuple[float, float]:
+    """Over ranks, and of how many."""
+    total = ranks.total(torch.stack([x.double().sum(), torch.tensor(float(len(x))).double()]))
+    return float(total[0] / total[1].clamp(min=1)), float(total[1])
