@@ -1,5 +1,6 @@
 """Verifiers of mathematics: which answer is found, and which answers are the same."""
 
+import json
 import random
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 
 from prefuse.trainer import rewards_symbolic as symbolic
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.rewards_answers import final_answer, final_number, number, tidy
+from prefuse.trainer.rewards_answers import final_answer, final_number, gold_answer, number, tidy
 from prefuse.trainer.rewards_math import accuracy, gsm8k, math, same
 
 
@@ -37,6 +38,11 @@ from prefuse.trainer.rewards_math import accuracy, gsm8k, math, same
         (".5", 0.5),
         ("1,2345", 2345),
         ("0 or -0", 0),
+        ("3 1/2 cups", 3.5),
+        ("To answer it: 3 apples were left. So she had 12.", 12),
+        ("The answer to the first part is 12. Then 5 more came.", 12),
+        ("#### Step 2\nAdd 3 and 4.\nThe answer is 7.", 7),
+        ("#### Answer\n42", 42),
         ("5/0", None),
         ("no number", None),
         ("9" * 5000, None),
@@ -63,6 +69,9 @@ def test_the_final_number(text, wanted):
         ("we get $a$ and then $b + 1$.", "b + 1"),
         ("that makes 12 in all", "12"),
         ("none", None),
+        ("The correct option is B.", "B"),
+        ("**Final Answer**\n\n\\[ x + 1 \\]", "x + 1"),
+        ("#### Result\nThe answer is $x$.", "x"),
     ],
 )
 def test_the_final_answer(text, wanted):
@@ -116,6 +125,30 @@ SAME = [
         "\\begin{bmatrix} 0.5 & 0 \\\\ 0 & 1 \\end{bmatrix}",
     ),
     ("x \\le 3", "x\\leq 3"),
+    ("3.5", "3 1/2"),
+    ("2", "\\text{two}"),
+    ("0.75", "75\\%"),
+    ("50\\%", "50 percent"),
+    ("1500", "1.5 \\times 10^3"),
+    ("0.\\overline{3}", "\\frac13"),
+    ("\\pm 5", "5, -5"),
+    ("5, -5", "x = 5 \\text{ or } x = -5"),
+    ("3 \\pm 2\\sqrt{2}", "3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}"),
+    ("-2, 5", "5 \\text{ and } -2"),
+    ("(3,0), (-3,1)", "(-3, 1) \\text{ and } (3, 0)"),
+    ("100, \\frac{1}{100}", "0.01, 100"),
+    ("12", "12^{\\mathrm{th}} \\text{ grade}"),
+    ("15000", "15,000 \\, \\text{kcal m}^{-2} \\text{ yr}^{-1}"),
+    ("10", "10\\ \\mathrm{cm}"),
+    ("2\\sqrt{3}", "2\u221a3"),
+    ("12\\pi", "12\u03c0"),
+    ("x^2 + 1", "x\u00b2 + 1"),
+    ("x^2 - 2x + 2", "g(x) = x^2 - 2x + 2"),
+    ("(-\\infty, 0] \\cup [3, \\infty)", "[3, \\infty) \\cup (-\\infty, 0]"),
+    ("\\emptyset", "\\varnothing"),
+    ("\\log_2 8", "3"),
+    ("\\frac{v}{r}\\frac{1}{(1 + s/r)^{3/2}}", "\\frac{v}{r (1 + \\frac{s}{r})^{3/2}}"),
+    ("\\text{No solution}", "no solution"),
 ]
 DIFFERENT = [
     ("\\frac{1}{2}", "\\frac{1}{3}"),
@@ -143,6 +176,24 @@ DIFFERENT = [
     ("3", "9^{9^{9^{9^{9}}}}"),
     ("10", "factorial(factorial(factorial(9)))"),
     ("6", "__import__('os').getpid()"),
+    ("3 1/2", "31/2"),
+    ("12", "1 2"),
+    ("2", "\\text{three}"),
+    ("1", "1000\\%"),
+    ("20", "2000"),
+    ("102018", "102019"),
+    ("14", "1, 4"),
+    ("2", "2, 3"),
+    ("2", "x > 2"),
+    ("x > 2", "x \\ge 2"),
+    ("(2, \\infty)", "[2, \\infty)"),
+    ("(-\\sqrt{3}, \\sqrt{3})", "[-\\sqrt{3}, \\sqrt{3}]"),
+    ("1, 3, 9, 11", "1, 11, 6 + \\sqrt6, 6 - \\sqrt6"),
+    ("y = 2x", "y = 2x + 1"),
+    ("90", "\\frac{\\pi}{2}"),
+    ("0", "\\emptyset"),
+    ("\\text{east}", "west"),
+    ("C", "Cx"),
 ]
 
 
@@ -154,6 +205,80 @@ def test_answers_that_are_the_same(gold, answer):
 @pytest.mark.parametrize("gold, answer", DIFFERENT)
 def test_answers_that_differ(gold, answer):
     assert not same(gold, answer)
+
+
+@pytest.mark.parametrize(
+    "gold, answer, right",
+    [
+        ("\\text{(C)}", "(C) Plane", True),
+        ("\\text{(C)}", "(B) Cone", False),
+        ("C", "C. 4", True),
+        ("(B)", "\\textbf{(B)}", True),
+        ("C", "C(5, 2)", False),
+        ("C", "C x", False),
+    ],
+)
+def test_letters_of_choices(gold, answer, right):
+    assert same(gold, answer) is right
+
+
+@pytest.mark.parametrize(
+    "solution, gold, right",
+    [
+        ("First \\boxed{4}. No: \\boxed{5}.", "5", True),
+        ("First \\boxed{4}. No: \\boxed{5}.", "4", False),
+        ("so $x$ is \\boxed{2} or \\boxed{3}.", "2, 3", True),
+        ("$x = \\boxed{2}$\nand $y = \\boxed{3}$", "2, 3", False),
+        ("<think>it may be \\boxed{3}</think> It is \\boxed{4}.", "4", True),
+        ("The answer is: \\( \\frac{1}{2} \\).", "0.5", True),
+        ("The answer is 0.75 of it.", "\\frac{3}{4}", True),
+        ("The answer is twelve.", "12", True),
+        ("I'm confident that the answer is correct. The radius of $C$ is 3 units.", "3", True),
+        ("The answer should be 8 meals.", "8", True),
+        ("Thus the value of \\( 9 \\& 2 \\) is \\( \\frac{3\\sqrt{3}}{4} \\).", "3\\sqrt3/4", True),
+        ("The units digit of \\(8^6\\), \\(18^6\\) is 4.", "4", True),
+        ("Cost: $15. Profit: $93 - $15 = $78.", "78", True),
+        ("We had \\[A = \\frac{1}{(a-b)} + \\frac{1}{(b-a)}\\] And", "0", False),
+        ("So the answer is (C).", "\\text{(C)}", True),
+        ("I can't answer it.", "3", False),
+    ],
+)
+def test_solutions_as_models_write_them(solution, gold, right):
+    assert math([solution], [gold]) == [float(right)]
+
+
+@pytest.mark.parametrize(
+    "file, verify, solution, answer",
+    [
+        ("gsm8k_train.jsonl", gsm8k, "answer", lambda row: row["answer"].rpartition("#### ")[2]),
+        ("math500.jsonl", accuracy, "solution", lambda row: row["answer"]),
+    ],
+)
+def test_solutions_of_people(file, verify, solution, answer, data_dir):
+    """Each is right by its own answer, and wrong by that of the next row unless it is the same."""
+    lines = (data_dir / "verifiable" / file).read_text().splitlines()[:1000]
+    rows = [json.loads(line) for line in lines]
+    solutions, own = [row[solution] for row in rows], [answer(row) for row in rows]
+    other = own[1:] + own[:1]
+    assert verify(solutions, own) == [1.0] * len(rows)
+    wanted = [float(a == b) for a, b in zip(own, other, strict=True)]
+    agreed = sum(a == b for a, b in zip(verify(solutions, other), wanted, strict=True))
+    assert agreed >= 0.998 * len(rows)
+
+
+@pytest.mark.parametrize(
+    "gold, wanted",
+    [
+        ("so $\\boxed{2}$ in all", "2"),
+        ("1 + 1 = 2\n#### 2", "2"),
+        ("She has 16 - 3 = 13 left.\nA: 13", "13"),
+        ("Therefore the answer is $x + 1$.", "x + 1"),
+        ("\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}"),
+        (" 5 ", "5"),
+    ],
+)
+def test_the_answer_of_a_reference(gold, wanted):
+    assert gold_answer(gold) == wanted
 
 
 def test_rows_without_a_reference_do_not_apply():

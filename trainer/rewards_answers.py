@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 MARK = re.compile(
-    r"(?:^|\n)[ \t]*A[ \t]*:|\banswer\b(?:\s+is\b)?\s*(?:simply\b|therefore\b)?\s*[:=]?",
+    r"(?:^|\n)[ \t]*A[ \t]*:|\bfinal[ \t]+answer\b|(?:^|\n)[#* \t]*answer[* \t]*:?[* \t]*\n|"
+    r"\b(?:answer|option|choice)\b(?:[ \t]+(?:to|for|of|in)\b[^.:\n]{0,60}?)?[ \t*]*"
+    r"(?:\b(?:is|was|(?:should|must|would|will)[ \t]+be)\b|[:=])",
+    re.IGNORECASE,
+)
+BETWEEN = re.compile(  # a mark and the answer
+    r"(?:[\s*:=]|\b(?:is|should|must|would|will|be|just|thus|therefore|simply|indeed|definitely|still|"
+    r"exactly|equal|to)\b)+",
     re.IGNORECASE,
 )
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-)?"
+    r"(?P<sign>(?<![\w)\]}])-)?(?:(?P<whole>\d{1,40})\s+(?=\d{1,40}\s?/\s?\d))?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s?/\s?(?P<over>\d+(?:\.\d+)?))?"
@@ -23,7 +31,7 @@ MATH = re.compile(
 )
 
 
-def _rules(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern, str], ...]:
+def _rules(*rules: tuple[str, Any]) -> tuple[tuple[re.Pattern, str], ...]:
     return tuple((re.compile(pattern), by) for pattern, by in rules)
 
 
@@ -36,32 +44,57 @@ PLAIN = _rules(  # of numbers in running text
     (r"-\s?\\?[$€£¥]\s?(?=[\d.])", "-"),
     (r"\\?[$€£¥]", " "),
 )
+UNICODE = {
+    "\u03c0": r"\\pi",
+    "\u221e": r"\\infty",
+    "\u00d7": r"\\times",
+    "\u00b7": r"\\cdot",
+    "\u2264": r"\\le",
+    "\u2265": r"\\ge",
+    "\u222a": r"\\cup",
+    "\u221a": r"\\sqrt",
+    "\u00b1": r"\\pm",
+    "\u00b2": "^2",
+    "\u00b3": "^3",
+}
+NAMES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+)
+WORDS = {word: value for value, word in enumerate(NAMES.split())}
 BASE = re.compile(r"(\w+)_(\d+)")
 LATEX = _rules(  # of a formula, whose spaces still part its words
     ("[\u2212\u2013]", "-"),
+    *((letter, by + " ") for letter, by in UNICODE.items()),
+    (r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?", ""),
     (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
-    (r"\\[!,;:]|\\q?quad\b|[\u00a0\u2009\u202f]", " "),
+    (r"(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u2009\u202f]", " "),
+    (r"\\varnothing", r"\\emptyset"),
     (r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mathrm|textbf|textit|textrm|mbox|mathbf|operatorname|emph)\b\s*\{", r"\\text{"),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b|°", ""),
+    (
+        r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b|°",
+        lambda m: m[0] if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", m.string) else "",
+    ),
     (r"\\?[$%€£]", ""),
     (r"(?<=\d)\{,\}(?=\d)", ","),
     (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}"),
     (r"^\s*\\text\{\s*([^{}]*?)\s*\}\s*$", r"\1"),
-    (r"(?<=[\d}])\s*\\text\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", ""),
+    (r"(?<=[\d}])\s*(?:\\text\{[^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?\s*)+$", ""),
     (r"(?<=[\d}])\s+(?:(?!and\b|or\b)[a-zA-Z]{2,}(?:\^\{?\d\}?)?[\s/]*){1,3}\.?\s*$", ""),
     (r"^\s*[a-zA-Z](?:_\{?\w\}?)?(?:\([a-zA-Z]\))?\s*(?:=|\\in(?![a-zA-Z]))\s*(?!.*=)", ""),
     (r"[.,;:\s]+$|^\s+", ""),
 )
 SPACELESS = _rules(  # of a formula that is compared letter by letter
     (r"\\text\{([^{}]*)\}", r"\1"),
-    (r"[\s~]|\\ ", ""),
+    (r"\\ ", " "),
+    (r"(?<!\d)[\s~]+|[\s~]+(?!\d)", ""),
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"(?<!\d)\.(?=\d)", "0."),
     (r"^\(([a-zA-Z])\)$", r"\1"),
-    (r"\\(?:leq|geq|neq)(?![a-zA-Z])", lambda m: m[0][:-1]),  # type: ignore[list-item]
+    (r"\\(?:leq|geq|neq)(?![a-zA-Z])", lambda m: m[0][:-1]),
 )
 
 
@@ -74,8 +107,9 @@ def _apply(rules, text: str) -> str:
 def final_number(text: str) -> Fraction | None:
     """The number a solution ends with, by the clearest mark that it has."""
     text = _apply(PLAIN, text)
-    if "####" in text:
-        return _first(text.rpartition("####")[2])
+    hashed = after_hashes(text)
+    if hashed is not None:
+        return _first(hashed)
     inside = boxed(text)
     if inside is not None:
         return _first(inside)
@@ -87,11 +121,22 @@ def final_number(text: str) -> Fraction | None:
     return _value(numbers[-1]) if numbers else None
 
 
+def after_hashes(text: str) -> str | None:
+    """What follows the last ####, unless that is a heading above more text."""
+    before, hashes, rest = text.rpartition("####")
+    line, _, more = rest.strip().partition("\n")
+    if not hashes or before.endswith("#") or (more.strip() and not re.match(r"\W{0,4}\d", line)):
+        return None
+    return line
+
+
 def _after_marks(text: str) -> Iterator[str]:
     """What stands in the line after each "answer is", the last first."""
     end = len(text)
     for mark in reversed(list(MARK.finditer(text))):
-        yield text[mark.end() : end].lstrip().partition("\n")[0]
+        rest = text[mark.end() : end]
+        between = BETWEEN.match(rest)
+        yield rest[between.end() if between else 0 :].lstrip().partition("\n")[0]
         end = mark.start()
 
 
@@ -107,52 +152,101 @@ def _value(match: re.Match) -> Fraction | None:
     if over == 0:
         return None
     value = Fraction(match["digits"].replace(",", "") + (match["exponent"] or "")) / over
+    value += int(match["whole"] or 0)
     return -value if match["sign"] else value
 
 
-def final_answer(text: str) -> str | None:
-    r"""The formula a solution ends with: \boxed, after ####, "answer is", a last $..$ or number."""
+def final_answer(text: str, numeric: bool = False) -> str | None:
+    r"""The formula a solution ends with: \boxed, after ####, "answer is", or the last one.
+
+    numeric: a number is looked for, so words without one are not the answer.
+    """
     inside = boxed(text)
     if inside is not None:
         return boxed(inside) or inside
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
+    hashed = after_hashes(text)
+    if hashed is not None:
+        return hashed
     for line in _after_marks(text):
-        formula = MATH.search(line)
-        if formula:
-            return next(group for group in formula.groups() if group)
-        line = re.split(r"\.(?:\s|$)", line.replace("**", ""))[0].strip()
-        if line:
-            return line
-    formulas = MATH.findall(text)
-    if formulas:
-        return next(group for group in formulas[-1] if group)
-    numbers = list(NUMBER.finditer(_apply(PLAIN, text)))
-    return numbers[-1][0] if numbers else None
+        found = _stated(line, numeric)
+        if found:
+            return found
+    return _last(text, numeric)
+
+
+def _stated(line: str, numeric: bool) -> str | None:
+    """The answer in a line that follows a mark: a formula, a number or a sentence."""
+    formula = MATH.search(line)
+    inside = next(group for group in formula.groups() if group).strip() if formula else ""
+    if inside and not numeric:
+        return inside
+    if re.search(r"\d", inside) and not NUMBER.match(_apply(PLAIN, line)):
+        return inside
+    sentence = re.split(r"\.(?:\s|$)", line.replace("**", ""))[0].strip()
+    if not numeric or number(tidy(sentence)) is not None:
+        return sentence
+    found = NUMBER.search(_apply(PLAIN, sentence))
+    return found[0] if found else None
+
+
+def _last(text: str, numeric: bool) -> str | None:
+    """The last formula, or the last number where it stands after it or there is none.
+
+    numeric: a formula has to be a number, behind its last sign of equality.
+    """
+    formula, end = None, 0
+    for match in MATH.finditer(text):
+        found = next(group for group in match.groups() if group)
+        found = re.split(r"=|\\approx", found)[-1] if numeric else found
+        if not numeric or number(tidy(found[:LONGEST])) is not None:
+            formula, end = found, match.end()
+    numbers = list(NUMBER.finditer(_apply(PLAIN, text[end:]))) if numeric or not formula else ()
+    return numbers[-1][0] if numbers else formula
 
 
 def gold_answer(text: str) -> str:
-    """The answer in a reference: its box, what follows its ####, or all of it."""
+    """The answer in a reference: its box, what follows its ####, or "answer is", or all of it."""
     inside = boxed(text)
     if inside is not None:
         return inside
-    return text.rpartition("####")[2].strip() if "####" in text else text.strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    return next((_stated(line, False) or line for line in _after_marks(text)), "") or text.strip()
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close, in one pass over the text."""
-    last, opened = None, []
+    r"""The content of the last \boxed{...} whose braces close."""
+    spans = boxes(text)
+    return text[slice(*spans[-1])] if spans else None
+
+
+def boxed_together(text: str) -> str | None:
+    r"""The contents of several \boxed{...} that stand in one line with the last."""
+    spans = boxes(text)
+    first = text.rfind("\n", 0, spans[-1][0]) if spans else 0
+    before, together = len(text), []
+    for start, end in reversed(spans):
+        if first < start and end < before:  # not inside another
+            together.append(text[start:end])
+            before = start
+    return ", ".join(reversed(together)) if len(together) > 1 else None
+
+
+def boxes(text: str) -> list[tuple[int, int]]:
+    r"""Where the content of every \boxed{...} starts and ends, in one pass over the text."""
+    found: list[tuple[int, int]] = []
+    opened: list[int | None] = []
     for match in re.finditer(r"\\[{}\\]|(\\(?:boxed|fbox)\s*)?\{|\}|\\boxed\s+(\w+)", text):
         token = match[0]
         if match[2]:
-            last = match[2]
+            found.append(match.span(2))
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
-                last = text[start : match.start()]
+                found.append((start, match.start()))
         elif token.endswith("{") and token != r"\{":
             opened.append(match.end() if match[1] else None)
-    return last
+    return found
 
 
 def tidy(text: str) -> str:
@@ -165,9 +259,25 @@ def spaceless(text: str) -> str:
     return _apply(SPACELESS, text).casefold()
 
 
+def choice(text: str) -> str | None:
+    """The letter of a tidy "(B)", "(B) 4" or "B. 4"."""
+    match = re.match(r"\(([A-J])\)|([A-J])(?=[).:]\s|$)", text)
+    return match and (match[1] or match[2])
+
+
 def number(text: str) -> Fraction | None:
     """The value of a tidy formula that is nothing but a number, fraction or mixed number."""
     text = text.replace("\\ ", " ").strip().removeprefix("+")
+    if text.casefold() in WORDS:
+        return Fraction(WORDS[text.casefold()])
+    repeating = re.fullmatch(
+        r"(-?)(\d{0,40})\.(\d{0,40})\\(?:overline|bar)\{?(\d{1,40})\}?", spaceless(text)
+    )
+    if repeating:
+        sign, whole, first, again = repeating.groups()
+        shift = 10 ** len(first)
+        value = int(whole + first or 0) + Fraction(int(again), 10 ** len(again) - 1)
+        return -value / shift if sign else value / shift
     mixed = re.fullmatch(
         r"(-?)\s*(\d{1,40})?\s*\\frac\{\s*(-?\d{1,40})\s*\}\{\s*(\d{1,40})\s*\}", text
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from . import rewards_symbolic as symbolic
 from .errors import UserError
 from .rewards_answers import (
     BASE,
     LONGEST,
+    boxed_together,
+    choice,
     final_answer,
     final_number,
     gold_answer,
@@ -43,22 +47,30 @@ def accuracy(completions, solution, **_) -> list[float | None]:
 
 
 def _solves(text: str, gold: str) -> bool:
-    found = final_answer(text)
-    return found is not None and same(gold_answer(gold), found)
+    wanted = gold_answer(gold)
+    found = final_answer(text, numeric=number(tidy(wanted[:LONGEST])) is not None)
+    if found is not None and same(wanted, found):
+        return True
+    several = boxed_together(text) if "," in wanted else None
+    return several is not None and same(wanted, several)
 
 
 def same(gold: str, answer: str) -> bool:
     """Whether two formulas are the same letters, number, or mathematics."""
     if max(len(gold), len(answer)) > LONGEST:
         return gold == answer
+    percent = ("%" in gold) - ("%" in answer)
     gold, answer = tidy(gold), tidy(answer)
     if not answer:
         return False
+    wanted, found = number(gold), number(answer)
+    if wanted is not None and found is not None:
+        return wanted == found or (percent != 0 and wanted == found * Fraction(100) ** percent)
     if spaceless(gold) == spaceless(answer):
         return True
-    numbers = number(gold), number(answer)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
+    letters = choice(gold), choice(answer)
+    if None not in letters and len(gold) <= 3:
+        return letters[0] == letters[1]
     if all(BASE.fullmatch(spaceless(text)) for text in (gold, answer)):
         return False  # numerals like 42_7 whose letters differ
     return symbolic.equal(gold, answer)
