@@ -39,6 +39,8 @@ from prefuse.trainer.rewards_math import accuracy, gsm8k, math, same
         ("1,2345", 2345),
         ("0 or -0", 0),
         ("3 1/2 cups", 3.5),
+        ("\\boxed{3\\frac{1}{2}}", 3.5),
+        ("-\\dfrac12", -0.5),
         ("To answer it: 3 apples were left. So she had 12.", 12),
         ("The answer to the first part is 12. Then 5 more came.", 12),
         ("#### Step 2\nAdd 3 and 4.\nThe answer is 7.", 7),
