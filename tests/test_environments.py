@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from prefuse.kernels.advantage import gae
-from prefuse.kernels.credit import at_ends
+from prefuse.kernels.credit import at_ends, over_spans
 from prefuse.trainer.batch import pack
 from prefuse.trainer.data import Example, Sequence
 from prefuse.trainer.environments import load_environment, rollout_turns, turn_rewards
@@ -382,6 +382,41 @@ def test_turns_are_what_estimators_take():
     wanted = [1.0 + 0.5 * middle] * 3 + [middle] + [last] * 2
     assert_close(advantages, torch.tensor(wanted * 2))
     assert turn_rewards([])[1].tolist() == [0]
+
+
+class TwoWords:
+    """Wants w7 in the first turn and w8 in the second."""
+
+    turn = 0
+
+    def step(self, messages):
+        wanted = ("w7", "w8")[self.turn]
+        self.turn += 1
+        return "w1", messages[-1]["content"].split().count(wanted) / 4, self.turn == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_turn_rewards_teach_each_turn_its_own_word(seed):
+    """REINFORCE, a turn's reward against the group's same turn; the best is 1 in both."""
+    model, sampling = policy(seed=3), Sampling(max_new_tokens=4)
+    scorer, sampler = scorer_of(model), make_engine("generate", model, tiny_tokenizer())
+    optimizer, seen = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for step in range(30):
+        options = dict(seeds=[100 * seed + step], sampling=sampling)
+        (group,) = rollout(sampler, prompts_of("w0"), TwoWords, 64, **options)
+        rewards, cu_turns = turn_rewards(group)
+        by_turn = torch.from_numpy(rewards).float().view(-1, 2)
+        seen.append(by_turn.mean(0))
+        better = (by_turn - by_turn.mean(0)) / (by_turn.std(0) + 1e-4)
+        sequences = tuple(Sequence(e.tokens, e.own) for e in group)
+        logp = scorer(pack([Example(0, sequences)])).logp
+        advantages = over_spans(better.flatten(), torch.from_numpy(cu_turns), len(logp))
+        optimizer.zero_grad()
+        (-(advantages * logp).mean()).backward()
+        optimizer.step()
+        sampler.update_weights(model)
+    assert seen[0].max() < 0.1 and seen[-1].min() >= 0.95
 
 
 SOURCE = """
