@@ -46,11 +46,13 @@ class Scripted:
     def __init__(self, *replies: str, tokenizer=None):
         self.replies, self.tokenizer = list(replies), tokenizer or tiny_tokenizer()
         self.calls: list[list[list[int]]] = []
+        self.seeds: list[list[int]] = []
 
     def generate(self, prompts, n, sampling, seeds):
         assert n == 1 and len(seeds) == len(prompts)
         reply = self.replies[len(self.calls)]
         self.calls.append([p.tolist() for p in prompts])
+        self.seeds.append(list(seeds))
         tokens = np.array(self.tokenizer(reply, add_special_tokens=False).input_ids)
         finished = int(tokens[-1]) in sampling.eos_token_ids
         logp = np.full(len(tokens), -0.5, dtype=np.float32)
@@ -133,6 +135,14 @@ def test_tokens_are_those_of_a_real_template(data_dir):
     assert "7<|endoftext|><|im_end|>\n<|im_start|>user\nw1" in tokenizer.decode(episode.tokens)
 
 
+def test_every_turn_of_every_sample_has_a_seed_of_its_own():
+    engine, alone = (Scripted("w5 </s>", "w6 </s>", "w7 </s>") for _ in range(2))
+    rollout(engine, prompts_of("w0", "w0"), n=3, seeds=[7, 8])
+    assert len({seed for turn in engine.seeds for seed in turn}) == 2 * 3 * 3
+    rollout(alone, prompts_of("w0"), n=2, seeds=[8])
+    assert alone.seeds == [turn[3:5] for turn in engine.seeds]
+
+
 def test_text_goes_on_as_text():
     prompts = prompts_of("w0 w1", chat=False)
     tokenizer = tiny_tokenizer(chat_template=None)
@@ -179,7 +189,7 @@ def test_a_seed_gives_the_same_episodes_whatever_the_batch(engine):
     def run(rows, n, name):
         sampler = make_engine(name, model, tiny_tokenizer())
         given = [seeds[i] for i in rows]
-        return rollout(sampler, [prompts[i] for i in rows], Judges, n, seeds=given)
+        return rollout(sampler, [prompts[i] for i in rows], Judges, n, seeds=given, max_turns=3)
 
     wanted = run([0, 1, 2], 4, "generate")
     kinds = [e.finish_reason for group in wanted for e in group]
