@@ -9,3 +9,15 @@ def share_of_w7(prompts, completions, completion_ids, **columns):
 def even(prompts, completions, completion_ids, **columns):
     """1 for half of all completions."""
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+class Echo:
+    """An environment of two turns: each pays for the w7 in its reply."""
+
+    def __init__(self, pay: float = 0.5):
+        self.pay, self.turns = float(pay), 0
+
+    def step(self, messages):
+        self.turns += 1
+        share = messages[-1]["content"].split().count("w7") / 3
+        return f" w{self.turns} :", self.pay * share, self.turns == 2

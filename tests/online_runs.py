@@ -24,10 +24,11 @@ def online_model(tmp_path_factory) -> str:
 def online_run(online_model, tmp_path):
     """Runs a command in this process; returns the lines of its metrics.jsonl."""
 
-    def run(command: str, name: str, *more: str, reward: str = "share_of_w7") -> list[dict]:
+    def run(command: str, name: str, *more: str, reward: str | None = "share_of_w7"):
         argv = ["--model_name_or_path", online_model, "--output_dir", str(tmp_path / name)]
         argv += ["--dataset_name", write_rows(tmp_path / f"{name}.jsonl", PROMPTS)]
-        argv += ["--reward_funcs", f"{REWARDS}:{reward}", "--max_completion_length", "6"]
+        argv += ["--reward_funcs", f"{REWARDS}:{reward}"] if reward else []
+        argv += ["--max_completion_length", "6"]
         argv += ["--logging_steps", "1", "--bf16", "false", "--disable_tqdm", *more]
         main([command, *argv])
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

@@ -306,6 +306,33 @@ def test_mistakes_are_told(online_run, command, more, wanted, capsys):
     assert wanted in capsys.readouterr().err
 
 
+ECHO = f"{Path(__file__).with_name('online_rewards.py')}:Echo"
+TALK = ["--environment", f"{ECHO}?pay=0.5", "--max_completion_length", "3"]
+
+
+@pytest.mark.parametrize("command, more", [("grpo", []), ("ppo", ["--turn_values"])])
+def test_the_policy_talks_to_environments(online_run, tmp_path, command, more):
+    """Two turns of three tokens; what the environment says is context, not trained on."""
+    options = ["--per_device_train_batch_size", "16", "--max_steps", "2", *TALK, *more]
+    lines = online_run(command, "out", *options, reward=None)
+    assert lines[0]["completions/mean_length"] <= 6 and lines[0]["sampling/logp_difference"] < 1e-5
+    rows = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        first, second = row["completion"].split(" w1 :")
+        said = [turn.removesuffix(" w2 :").split().count("w7") for turn in (first, second)]
+        assert_close(row["rewards"], {"environment": sum(said) / 6})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "command, steps, more", [("grpo", "25", []), ("ppo", "80", ["--turn_values"])]
+)
+def test_turns_are_learnt(online_run, command, steps, more):
+    lines = online_run(command, "out", *LEARN, steps, "--beta", "0", *TALK, *more, reward=None)
+    rewards = [x["reward"] for x in lines if "reward" in x]
+    assert rewards[0] < 0.2 and sum(rewards[-2:]) / 2 >= 0.95
+
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 ONLINE = sorted(p.stem for p in RECIPES.glob("*.yaml") if "REWARD" in p.read_text())
 QUICK = ("dapo", "safe_rlhf", "egpo", "rest")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .data import Example, Sequence
 from .prompts import Prompt
-from .rollout import Completion
+from .rollout import Completion, Episode
 
 
 @dataclass
@@ -68,6 +68,12 @@ class Window:
     def candidates(self) -> np.ndarray:
         """Rewards [G, K] of those that are kept, NaN for the others."""
         return np.where(self.kept, self.rewards.numpy(), np.nan).reshape(-1, self.each)
+
+    @property
+    def episodes(self) -> list[Episode] | None:
+        """The completions as conversations, where the policy talked to environments."""
+        found = [c.episode for c in self.completions if c.episode is not None]
+        return found if found and len(found) == len(self.completions) else None
 
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.each]
@@ -164,5 +170,8 @@ class Window:
         return Example(members[0], sequences, prompt.where, judged, columns)
 
     def _sequence(self, prompt: np.ndarray, i: int) -> Sequence:
+        episode = self.completions[i].episode
+        if episode is not None:
+            return Sequence(episode.tokens, episode.own)
         tokens = np.concatenate([prompt, self.completions[i].tokens])
         return Sequence(tokens, np.arange(len(tokens)) >= len(prompt))

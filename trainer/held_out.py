@@ -33,9 +33,8 @@ class HeldOut:
         started, each = time.perf_counter(), self.config.num_generations_eval
         self.policy.eval()
         self.source.engine.update_weights(self.policy.model)
-        tokens = [prompt.tokens for prompt in self.prompts]
         seeds = [seed_of(self.config.seed, "held out", prompt) for prompt in self.prompts]
-        groups = self.source.engine.generate(tokens, each, self.source.sampling, seeds)
+        groups = self.source._replace(count=each).sample(self.prompts, seeds)
         self.policy.train()
         completions = [completion for group in groups for completion in group]
         if completions:

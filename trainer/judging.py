@@ -24,14 +24,16 @@ from .win_rates import win_rates
 class Functions(NamedTuple):
     """What is asked of every completion."""
 
-    rewards: Feedback
+    rewards: Feedback | None
     costs: Feedback | None
 
 
 def functions(config: OnlineConfig) -> Functions:
     """Those of the command line, looked up before anything is loaded."""
     options: dict[str, Any] = dict(on_failure=config.reward_failure, timeout=config.reward_timeout)
-    rewards = Feedback(config.reward_funcs, config.reward_weights, **options)
+    rewards = None
+    if config.reward_funcs:
+        rewards = Feedback(config.reward_funcs, config.reward_weights, **options)
     costs = config.cost_funcs if isinstance(config, PolicyConfig) else []
     return Functions(rewards, Feedback(costs, None, **options) if costs else None)
 
@@ -51,6 +53,11 @@ class Judge:
     ):
         self.config, self.tokenizer, self.samples = config, tokenizer, samples
         self.rewards, self.costs = functions
+        self.names = self.rewards.names if self.rewards else ()
+        weights = self.rewards.weights if self.rewards else np.zeros(0)
+        if config.environment is not None:  # its rewards are one more
+            self.names, weights = (*self.names, "environment"), np.append(weights, 1.0)
+        self.weights = weights
         self.ranks, self.report, self.meter = ranks, report, meter
 
     def judge(self, window: Window, step: int) -> None:
@@ -58,7 +65,7 @@ class Judge:
         both = [window] if others is None else [window, others]
         own, *_ = sizes = [len(w.completions) for w in both]
         answers = [self._answer(w, i) for w in both for i in range(len(w.completions))]
-        parts = torch.from_numpy(self._ask(self.rewards, both, answers, step))
+        parts = torch.from_numpy(self._parts(both, answers, step))
         rewards = torch.cat(
             [self._combined(p, w) for p, w in zip(parts.split(sizes), both, strict=True)]
         )
@@ -82,12 +89,27 @@ class Judge:
             window.kept &= window.finished.numpy()
         self._write_samples(window, answers, step)
 
+    def _parts(self, windows: list[Window], answers: list, step: int) -> np.ndarray:
+        """[S, F]: of every function, and of the environments."""
+        columns = [np.zeros((len(answers), 0))]
+        if self.rewards is not None:
+            columns.append(self._ask(self.rewards, windows, answers, step))
+        if self.config.environment is not None:
+            episodes = [c.episode for w in windows for c in w.completions]
+            columns.append(np.array([[e.reward] for e in episodes if e is not None]))
+            notes = [e.failure for e in episodes if e is not None and e.failure]
+            failed = torch.tensor(len(notes)), torch.tensor(len(answers))
+            self.meter.add({"environment/failed": Mean(*failed)})
+            for note in notes[:3]:
+                self.report.say(f"step {step}: {note}")
+        return np.concatenate(columns, axis=1)
+
     def _combined(self, parts: Tensor, window: Window) -> Tensor:
         """[S]: one reward of those of several functions."""
         kind, normal = self.config.reward_combination, "normalized_sum"
         found = combine(
             parts.numpy(),
-            self.rewards.weights,
+            self.weights,
             "per_function" if kind == normal else "none",
             how="min" if kind == "min" else "sum",
             group_size=window.each,
@@ -115,10 +137,13 @@ class Judge:
         return scores.rewards
 
     def _answer(self, window: Window, i: int) -> Any:
-        """A completion as rewards read it: text, or a message after messages."""
-        tokens = window.completions[i].tokens
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        is_text = isinstance(window.prompt_of(i).prompt, str)
+        """A completion as rewards read it: text, or messages after messages."""
+        completion, is_text = window.completions[i], isinstance(window.prompt_of(i).prompt, str)
+        if completion.episode is not None and not is_text:
+            return completion.episode.messages
+        if completion.episode is not None:
+            return "".join(message["content"] for message in completion.episode.messages)
+        text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
         return text if is_text else [{"role": "assistant", "content": text}]
 
     def _measure(self, window: Window) -> None:
@@ -132,7 +157,7 @@ class Judge:
             "completions/mean_length": _mean(lengths),
             "completions/clipped_ratio": _mean(~window.finished),
         }
-        for k, name in enumerate(self.rewards.names):
+        for k, name in enumerate(self.names):
             values[f"rewards/{name}/mean"] = _mean(parts[:, k], ~parts[:, k].isnan())
         if window.costs is not None:
             values["cost"] = _mean(window.costs, ~window.costs.isnan())
@@ -144,7 +169,7 @@ class Judge:
             return
         with (Path(self.config.output_dir) / self.samples).open("a") as file:
             for i in range(min(self.config.log_completions, len(window.completions))):
-                parts = dict(zip(self.rewards.names, window.parts[i].tolist(), strict=True))
+                parts = dict(zip(self.names, window.parts[i].tolist(), strict=True))
                 row = {
                     "step": step,
                     "prompt": window.prompt_of(i).prompt,

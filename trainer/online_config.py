@@ -58,6 +58,15 @@ class OnlineConfig(TrainConfig):
         default="transformers", help="What samples: continuous batching, or one of the others."
     )
 
+    environment: str | None = flag(
+        default=None,
+        help="What the policy talks to: package.module.name or file.py:name, with options after ?.",
+    )
+    max_turns: int = flag(default=8, help="Turns of an episode with an environment.")
+    max_episode_length: int | None = flag(
+        default=None, help="Its tokens, with the prompt. Unset: the model's context."
+    )
+
     num_iterations: int = flag(default=1, help="Passes over the completions sampled together.")
     num_mini_batches: int = flag(
         default=1, help="Optimizer steps of a pass, so many steps' completions sampled together."
@@ -85,7 +94,9 @@ class OnlineConfig(TrainConfig):
         size = self.max_tokens_per_micro_batch
         require(size is None, "max_tokens_per_micro_batch", "a command on given rows", size)
         wanted = "a reward: a built-in name, package.module.function or file.py:function"
-        require(bool(self.reward_funcs), "reward_funcs", wanted, "none")
+        judged = bool(self.reward_funcs) or self.environment is not None
+        require(judged, "reward_funcs", wanted, "none, and no --environment")
+        require(self.max_turns >= 1, "max_turns", "1 or more", self.max_turns)
         require(self.num_mini_batches >= 1, "num_mini_batches", "1 or more", self.num_mini_batches)
         require(self.temperature > 0, "temperature", "a positive number", self.temperature)
         weights = self.reward_weights
@@ -224,6 +235,15 @@ class PPOConfig(PolicyConfig):
     loss_type: str = flag(default="ppo", help="Which policy loss; see `prefuse methods`.")
     advantage: Literal["gae"] = flag(default="gae", help="Of tokens, by the critic.")
     num_generations: int = flag(default=1, help="Completions of a prompt.")
+    environment: str | None = flag(
+        default=None,
+        help="What the policy talks to: package.module.name or file.py:name, with options after ?.",
+    )
+    max_turns: int = flag(default=8, help="Turns of an episode with an environment.")
+    max_episode_length: int | None = flag(
+        default=None, help="Its tokens, with the prompt. Unset: the model's context."
+    )
+
     num_iterations: int = flag(default=4, help="Passes over the completions sampled together.")
     beta: float = flag(default=0.05, help="Coefficient of the KL to the reference model.")
     kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of PPO.")
@@ -232,6 +252,9 @@ class PPOConfig(PolicyConfig):
     critic_lam: float | None = flag(default=None, help="Of the critic's returns; lam if unset.")
     lam_alpha: float | None = flag(
         default=None, help="VAPO's lambda instead: 1 - 1 / (lam_alpha x completion length)."
+    )
+    turn_values: bool = flag(
+        default=False, help="Values and advantages of turns with an environment, not of tokens."
     )
     vf_coef: float = flag(default=0.1, help="Coefficient of the critic's loss.")
     cliprange_value: float = flag(default=0.2, help="How far a value moves before it is clipped.")
@@ -251,6 +274,8 @@ class PPOConfig(PolicyConfig):
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, "a number in [0, 1]", value)
+        talks = self.environment is not None or not self.turn_values
+        require(talks, "turn_values", "false without --environment", True)
         require(self.vf_coef >= 0, "vf_coef", "a number from 0", self.vf_coef)
         for name in ("lam_alpha", "critic_lam"):
             value = getattr(self, name)

@@ -53,7 +53,8 @@ def judged_by(window: Window, config: PolicyConfig, controls: Controls, reduce: 
     logps = {}
     if config.kl_in_reward and config.beta:
         logps = {"logp": window.column("old_logp"), "ref_logp": window.column("ref_logp")}
-    weights = config.reward_weights or [1.0] * window.parts.shape[1]
+    weights = list(config.reward_weights or [1.0] * len(config.reward_funcs))
+    weights += [1.0] * (config.environment is not None)
     return Judged(
         window.rewards,
         window.parts,

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from prefuse.kernels.advantage import ShapedGae, length_adaptive_lam, shaped_gae
 from prefuse.kernels.credit import at_ends, lagrangian
 from prefuse.kernels.objective import Objective
+from prefuse.kernels.segments import segment_sum
 from prefuse.kernels.value_losses import value_clipped
 from prefuse.kernels.whitening import Reduce, whiten, whitening_statistics
 
@@ -16,6 +17,7 @@ from .attention import ATTENTION
 from .batch import PackedBatch
 from .controls import Controls
 from .data import Example
+from .environments import turn_rewards
 from .errors import UserError
 from .experience import Window
 from .learners import Learner
@@ -23,6 +25,7 @@ from .model import load_tokenizer
 from .objectives import Method
 from .online_config import PPOConfig
 from .policy_learner import policy_method, select
+from .rollout import Episode
 from .scores import Scorer, hidden_states
 
 
@@ -132,18 +135,33 @@ def _gae(
     """Of one stream of rewards, by its critic's values."""
     values, bounds = window.column(critic), window.cu_seqlens
     logps = (window.column("old_logp"), window.column("ref_logp")) if config.beta else ()
-    adaptive = config.lam_alpha is not None
+    adaptive, episodes = config.lam_alpha is not None, window.episodes
+    placed = at_ends(rewards.to(values.dtype).nan_to_num(nan=0.0), bounds, len(values))
+    turns = None
+    if episodes is not None and critic == "values":
+        placed, turns = _of_turns(window, rewards, episodes)
+        placed = placed.to(values.dtype)
     return shaped_gae(
-        at_ends(rewards.to(values.dtype).nan_to_num(nan=0.0), bounds, len(values)),
+        placed,
         values,
         bounds,
         *logps,
+        steps=turns if config.turn_values else None,
         kl_coef=kl_coef,
         gamma=config.gamma,
         lam=length_adaptive_lam(bounds, alpha=config.lam_alpha or 1.0) if adaptive else config.lam,
         critic_lam=config.critic_lam,
         impl="reference" if values.dtype == torch.float64 else "auto",  # which keeps float64
     )
+
+
+def _of_turns(window: Window, rewards: Tensor, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
+    """Each turn's reward at its last token, what else was given at the end; and the turns."""
+    given, cu_turns = (torch.from_numpy(x) for x in turn_rewards(episodes))
+    given, total = given.nan_to_num(nan=0.0), int(window.cu_seqlens[-1])
+    placed = at_ends(given, cu_turns, total)
+    rest = rewards.double() - segment_sum(placed, window.cu_seqlens)
+    return placed + at_ends(rest.nan_to_num(nan=0.0), window.cu_seqlens, total), cu_turns
 
 
 def ppo_method(config: PPOConfig, controls: Controls) -> Method:

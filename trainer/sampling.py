@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from .dist import Ranks
+from .environments import load_environment, rollout_turns
 from .experience import Window
 from .online_config import NashMDConfig, OnlineConfig, OnlineDPOConfig, PolicyConfig
 from .prompts import Prompt
-from .rollout import Completion, Engine, Sampling, make_engine
+from .rollout import Completion, Engine, Episode, Sampling, make_engine
 
 
 class Source(NamedTuple):
@@ -22,6 +23,7 @@ class Source(NamedTuple):
 
     model: whose weights the engine follows; the policy's if None.
     salt: of the seeds; two sources of one prompt do not draw alike.
+    play: how they come about where the policy talks to environments.
     """
 
     engine: Engine
@@ -29,6 +31,15 @@ class Source(NamedTuple):
     sampling: Sampling
     model: nn.Module | None = None
     salt: str = ""
+    play: Callable[..., list[list[Episode]]] | None = None
+
+    def sample(self, prompts: list[Prompt], seeds: list[int]) -> list[list[Completion]]:
+        """`count` completions of each prompt, by the weights that the engine has."""
+        if self.play is not None:
+            episodes = self.play(self.engine, prompts, self.count, self.sampling, seeds)
+            return [[episode.completion() for episode in group] for group in episodes]
+        tokens = [prompt.tokens for prompt in prompts]
+        return self.engine.generate(tokens, self.count, self.sampling, seeds)
 
 
 class Sources(NamedTuple):
@@ -57,23 +68,20 @@ def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer) -> So
     def engine(model: nn.Module = policy, **options) -> Engine:
         return make_engine(config.engine, model, tokenizer, **options)  # type: ignore[arg-type]
 
-    def of_policy(count: int, salt: str = "") -> Source:
-        return Source(engine(), count, sampling, salt=salt)
-
+    own = Source(engine(), each, sampling, play=play(config, tokenizer))
     if isinstance(config, NashMDConfig):
         mixed = engine(mixture=(reference.model, config.mixture_coef))
-        return Sources((of_policy(each),), (Source(mixed, each, sampling, salt="mixture"),))
+        return Sources((own,), (own._replace(engine=mixed, salt="mixture"),))
     if isinstance(config, OnlineDPOConfig) and config.loss_type == "xpo":
-        explorer = Source(
-            engine(reference.model), each // 2, sampling, reference.model, "reference"
-        )
-        return Sources((of_policy(each // 2), explorer))
+        half, model = own._replace(count=each // 2), reference.model
+        explorer = half._replace(engine=engine(model), model=model, salt="reference")
+        return Sources((half, explorer))
     if isinstance(config, OnlineDPOConfig) and config.loss_type == "egpo":
-        return Sources((of_policy(2),), (of_policy(each - 2, "opponent"),))
-    own = of_policy(each)
+        opponents = own._replace(count=each - 2, salt="opponent")
+        return Sources((own._replace(count=2),), (opponents,))
     if isinstance(config, PolicyConfig) and config.advantage == "remax":
         greedy = replace(sampling, temperature=0.0)
-        return Sources((own,), (Source(own.engine, 1, greedy, salt="greedy"),))
+        return Sources((own,), (own._replace(count=1, sampling=greedy, salt="greedy"),))
     return Sources((own,))
 
 
@@ -81,6 +89,24 @@ def seed_of(seed: int, occasion: str, prompt: Prompt) -> int:
     """Of what is sampled for a prompt on an occasion."""
     key = f"{seed} {occasion} {prompt.index}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+
+
+def play(config: OnlineConfig, tokenizer) -> Callable[..., list[list[Episode]]] | None:
+    """Episodes with the environment of the command line, if it names one."""
+    if config.environment is None:
+        return None
+    make = load_environment(config.environment)
+
+    def episodes(engine, prompts, count, sampling, seeds) -> list[list[Episode]]:
+        given = (engine, tokenizer, prompts, count, sampling, seeds, make, config.max_turns)
+        return rollout_turns(
+            *given,
+            config.max_episode_length,
+            on_failure=config.reward_failure,
+            timeout=config.reward_timeout,
+        )
+
+    return episodes
 
 
 class Sampler:
@@ -135,8 +161,7 @@ class Sampler:
                 for epoch, prompt in chosen
             ]
             source.engine.update_weights(policy if source.model is None else source.model)
-            tokens = [prompt.tokens for prompt in prompts]
-            found.append(source.engine.generate(tokens, source.count, source.sampling, seeds))
+            found.append(source.sample(prompts, seeds))
         completions: list[Completion] = [
             completion
             for groups in zip(*found, strict=True)
