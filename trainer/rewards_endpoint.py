@@ -139,7 +139,8 @@ class Chat:
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _Again(self._shown(f"{type(error).__name__}: {error}")) from None
+            cause = getattr(error, "reason", error)  # of a URLError
+            raise _Again(self._shown(f"{type(cause).__name__}: {cause}")) from None
         try:
             text = json.loads(found)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
