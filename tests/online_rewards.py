@@ -1,5 +1,7 @@
 """Rewards of the online tests, in TRL's form."""
 
+import time
+
 
 def share_of_w7(prompts, completions, completion_ids, **columns):
     """How much of six tokens is w7, id 13 of tests/tiny.py; ending early leaves the rest out."""
@@ -21,3 +23,20 @@ class Echo:
         self.turns += 1
         share = messages[-1]["content"].split().count("w7") / 3
         return f" w{self.turns} :", self.pay * share, self.turns == 2
+
+
+def slow(prompts, completions, completion_ids, **columns):
+    """So that a run can be killed between two of its steps."""
+    time.sleep(0.4)
+    return share_of_w7(prompts, completions, completion_ids)
+
+
+def fails_on_w2(prompts, completions, completion_ids, **columns):
+    """A reward with every kind of failure, by the prompt's first word."""
+    kinds = {"w2": float("nan"), "w3": None}
+    pairs = zip(prompts, completion_ids, strict=True)
+    return [kinds.get(prompt.split()[0], float(sum(ids) % 2)) for prompt, ids in pairs]
+
+
+def raises(prompts, **columns):
+    raise RuntimeError("no reward today")

@@ -25,7 +25,7 @@ from .dist import Ranks
 from .errors import UserError
 from .report_html import write_report
 
-LINES = ("metrics.jsonl", "samples.jsonl")
+LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
 SHOWN = (
     "loss",
     "reward",
