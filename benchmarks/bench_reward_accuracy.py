@@ -107,6 +107,8 @@ def train(loss: str, model: Path, file: Path, out: Path, args) -> None:
         "per_device_train_batch_size": args.batch,
         "save_steps": 0,
     }
+    if loss == "odin":
+        flags["length_coef"] = args.length_coef
     prefuse(
         [
             *("reward", "--model_name_or_path", str(model), "--dataset_name", str(file)),
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=32, help="pairs a step")
+    parser.add_argument("--length_coef", type=float, default=1.0, help="ODIN's")
     parser.add_argument("--losses", nargs="+", default=["bradley_terry", "odin"])
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
@@ -154,7 +157,8 @@ def main() -> None:
         "model": shape if args.model is None else args.model.name,
         "data": f"{len(rows)} HH pairs to train on",
         "settings": f"{args.epochs:g} epochs, {args.batch} pairs a step, learning rate "
-        f"{args.learning_rate:g}, weight decay {args.weight_decay:g}, {SETTINGS}",
+        f"{args.learning_rate:g}, weight decay {args.weight_decay:g}, "
+        f"ODIN's length_coef {args.length_coef:g}, {SETTINGS}",
     }
     text = "\n".join(
         [
