@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ SETTINGS = {
     "warmup_steps": 0.05,
     "seed": 0,
 }
-SHAPE = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+SHAPE: dict[str, Any] = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 TURN = "\n\nAssistant:"
 
 

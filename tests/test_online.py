@@ -83,7 +83,6 @@ def test_samples_are_written(online_run, tmp_path):
         (["--loss_type", "kl_cov"], "--loss_type kl_cov: it reads selected of every token"),
         (["--reward_weights", "1", "2"], "--reward_weights: wanted a number for each of the 1"),
         (["--max_prompt_length", "2"], "no prompt is left to sample from"),
-        (["--eval_fraction", "0.2", "--eval_strategy", "steps"], "--eval_strategy"),
         (["--max_completion_length", "200"], "128"),
     ],
 )

@@ -21,6 +21,7 @@ from prefuse.trainer.online_config import GRPOConfig, NashMDConfig, OnlineDPOCon
 from prefuse.trainer.pair_learner import pairs
 from prefuse.trainer.policy_learner import policy
 from prefuse.trainer.prompts import Prompt
+from prefuse.trainer.replay import Replay
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rollout import Completion
 
@@ -116,6 +117,19 @@ def judged_pair(loss_type: str, rewards, others=None, **changes):
     return pairs(config, None).batches(window, 0)
 
 
+def test_a_success_is_replayed_where_none_is_found():
+    """For its own prompt, with its tokens and rewards, also from a checkpoint's JSON."""
+    window, later = window_of([[0.0, 1.0], [0.25, 0.5]]), window_of([[0.0, 0.0], [0.0, 0.25]])
+    replay = Replay(1.0, ALONE)
+    assert float(replay(window)["sampling/replayed"].total) == 0
+    replay.stored = json.loads(json.dumps(replay.stored))
+    assert float(replay(later)["sampling/replayed"].total) == 1
+    assert later.rewards.tolist() == [0.0, 1.0, 0.0, 0.25] == later.parts[:, 0].tolist()
+    assert np.array_equal(later.completions[1].tokens, window.completions[1].tokens)
+    assert np.isnan(later.completions[1].logp).all()
+    assert later.informative().tolist() == [True, True]
+
+
 def test_xpo_meets_what_the_reference_sampled():
     """Of 4 completions the last two are the reference's; ties say nothing."""
     (batch,) = judged_pair("xpo", [[1.0, 0.0, 0.5, 0.25]])
@@ -183,6 +197,7 @@ RUNS = {
     "refill": ("grpo", ["--filter_zero_std", "--refill", "3", "--num_generations", "2"]),
     "egpo": ("online-dpo", ["--loss_type", "egpo", "--num_generations", "4", "--extragradient"]),
     "kl": ("rloo", ["--beta", "0.1", "--kl_target", "0.5", "--kl_horizon", "32"]),
+    "replay": ("grpo", ["--replay_success", "0.3", "--num_generations", "2"]),
     "cost": ("rloo", ["--cost_funcs", "COSTS", "--cost_limit", "0.2", "--beta", "0"]),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 Model = TypeVar("Model", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,16 @@ class Ranks:
         """Whether `flag` is true on any rank; every rank gets the same answer."""
         return bool(self.total(torch.tensor([float(flag)], dtype=torch.float64)).item())
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        every = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, value)
+        return every
+
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any rank has, in order."""
-        every: list[list[str]] = [list(names)]
-        if self.world > 1:
-            every = [[] for _ in range(self.world)]
-            dist.all_gather_object(every, list(names))
-        return sorted({name for found in every for name in found})
+        return sorted({name for found in self.gather(list(names)) for name in found})
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -30,6 +30,7 @@ from .pair_learner import pairs
 from .policy_learner import policy
 from .ppo import ActorCritic, load_critic, ppo, ppo_method
 from .prompts import Prompt, load_prompts
+from .replay import Replay
 from .report import Meter, Report, claim_folder
 from .sampling import Sampler, sources
 from .scores import Scorer
@@ -205,6 +206,8 @@ class OnlineSchedule:
         self.total_steps = config.max_steps
         if config.max_steps <= 0:
             self.total_steps = max(1, round(config.num_train_epochs * self.steps_per_epoch))
+        least = config.replay_success if isinstance(config, PolicyConfig) else None
+        self.replay = None if least is None else Replay(least, ranks)
         self.window: Window | None = None
         self.batches: list[list[Example]] = []
 
@@ -214,10 +217,13 @@ class OnlineSchedule:
         return done % whole == 0
 
     def state(self) -> dict[str, Any]:
-        return {"windows": self.sampler.drawn, **self.controls.state()}
+        stored = self.replay.stored if self.replay else {}
+        return {"windows": self.sampler.drawn, "replay": stored, **self.controls.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sampler.drawn = state["windows"]
+        if self.replay:
+            self.replay.stored = state["replay"]
         for name in self.controls.state():
             setattr(self.controls, name, state[name])
 
@@ -263,6 +269,8 @@ class OnlineSchedule:
     def _judged(self, step: int) -> Window:
         window = self.sampler.sample(self.models.policy.model)
         self.judge.judge(window, step)
+        if self.replay:
+            self.judge.meter.add(self.replay(window))
         return window
 
     @torch.no_grad()

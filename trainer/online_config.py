@@ -139,6 +139,10 @@ class PolicyConfig(OnlineConfig):
         default=0,
         help="With filter_zero_std: how often to sample more prompts in place of such groups.",
     )
+    replay_success: float | None = flag(
+        default=None,
+        help="A prompt none of whose completions has this reward replays its last one that had.",
+    )
     select: Literal["all", "best", "best_random", "best_worst"] = flag(
         default="all", help="Which of a prompt's completions are trained on (PF-PPO)."
     )
