@@ -34,7 +34,11 @@ SETTINGS = {
     "warmup_steps": 0.05,
     "seed": 0,
 }
-SHAPE: dict[str, Any] = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+SHAPE: dict[str, Any] = {
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 TURN = "\n\nAssistant:"
 
 
