@@ -32,7 +32,7 @@ from .ppo import ActorCritic, load_critic, ppo, ppo_method
 from .prompts import Prompt, load_prompts
 from .replay import Replay
 from .report import Meter, Report, claim_folder
-from .sampling import Sampler, sources
+from .sampling import Sampler, play, sources
 from .scores import Scorer
 
 
@@ -53,9 +53,9 @@ def run_online(config: OnlineConfig, name: str) -> None:
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    asked = functions(config)
+    asked, talk = functions(config), play(config, tokenizer)
     prompts, held_out, ledgers = _prompts(config, tokenizer)
-    longest = [_longest(p, config.max_completion_length) for p in prompts + held_out]
+    longest = [_longest(p, config) for p in prompts + held_out]
     config, scorer, note = _load(config, config.model_name_or_path, tokenizer, longest, ranks)
     report = Report(config, name, ranks)
     report.say(note or f"layout: {config.layout}")
@@ -63,7 +63,7 @@ def run_online(config: OnlineConfig, name: str) -> None:
     reference = None
     if learners.needs_reference(config):
         reference = _reference(config, tokenizer, longest, ranks)
-    sampled_from = sources(config, scorer.model, reference, tokenizer)
+    sampled_from = sources(config, scorer.model, reference, tokenizer, talk)
     models = _sharded(config, scorer, reference, tokenizer, ranks)
     controls = Controls()
     if isinstance(config, PolicyConfig):
@@ -120,9 +120,12 @@ def _load(config: OnlineConfig, name: str, tokenizer, examples: list[Example], r
     return load_scorer(config, name, tokenizer, examples, ranks, temperature)
 
 
-def _longest(prompt: Prompt, completion: int) -> Example:
+def _longest(prompt: Prompt, config: OnlineConfig) -> Example:
     """What a prompt may become, for the checks of lengths and vocabulary."""
-    tokens = np.concatenate([prompt.tokens, np.zeros(completion, dtype=np.int64)])
+    more = config.max_completion_length
+    if config.environment is not None and config.max_episode_length is not None:
+        more = max(more, config.max_episode_length - len(prompt.tokens))
+    tokens = np.concatenate([prompt.tokens, np.zeros(more, dtype=np.int64)])
     return Example(prompt.index, (Sequence(tokens, np.arange(len(tokens)) > 0),), prompt.where)
 
 

@@ -93,6 +93,8 @@ def policy_method(config: PolicyConfig, controls: Controls) -> Method:
     unit: Unit = "token" if surrogate.aggregation == "token-mean" else "sequence"
     correction = config.importance_sampling_correction
     options: dict[str, Any] = dict(config.hyperparameters, loss_type=config.loss_type)
+    turns = 1 if config.environment is None else config.max_turns
+    longest = turns * config.max_completion_length  # Dr. GRPO's divisor
     uses_rollout = correction != "none" or "rollout_logp" in needed
     if correction != "none":
         options["rollout_mode"] = correction
@@ -117,7 +119,7 @@ def policy_method(config: PolicyConfig, controls: Controls) -> Method:
             kl=config.kl,
             entropy=stats.entropy,
             entropy_coef=config.entropy_coef,
-            max_length=config.max_completion_length,
+            max_length=longest,
             **{name: column(name) for name in ("reward", "pass_rate") if name in needed},
             **options,
         )

@@ -65,7 +65,8 @@ def _written(window: Window, i: int) -> dict[str, Any]:
 def _put(window: Window, i: int, stored: dict[str, Any]) -> None:
     tokens, episode = np.array(stored["tokens"], dtype=np.int64), None
     if stored["episode"] is not None:
-        given = {k: np.array(v) if k in LISTS else v for k, v in stored["episode"].items()}
+        given: dict[str, Any] = stored["episode"]
+        given = {k: np.array(v) if k in LISTS else v for k, v in given.items()}
         episode = Episode(**given, logp=np.full(len(given["tokens"]), np.nan, dtype=np.float32))
     unknown = np.full(len(tokens), np.nan, dtype=np.float32)
     window.completions[i] = Completion(tokens, unknown, stored["finished"], episode)

@@ -53,8 +53,8 @@ class Sources(NamedTuple):
             engine.close()
 
 
-def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer) -> Sources:
-    """Those of the command; reference: a Scorer, where the run has one."""
+def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer, talk) -> Sources:
+    """Those of the command; reference: a Scorer, where the run has one; talk: what `play` gave."""
     each = config.num_generations
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,
@@ -68,7 +68,7 @@ def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer) -> So
     def engine(model: nn.Module = policy, **options) -> Engine:
         return make_engine(config.engine, model, tokenizer, **options)  # type: ignore[arg-type]
 
-    own = Source(engine(), each, sampling, play=play(config, tokenizer))
+    own = Source(engine(), each, sampling, play=talk)
     if isinstance(config, NashMDConfig):
         mixed = engine(mixture=(reference.model, config.mixture_coef))
         return Sources((own,), (own._replace(engine=mixed, salt="mixture"),))
