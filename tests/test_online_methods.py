@@ -30,8 +30,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 DNO = ["--loss_type", "mmpo", "--win_rates", "--preference", "larger", "--num_generations", "8"]
 METHODS = [
-    pytest.param("nash-md", "40", ["--beta", "0.02", "--num_generations", "2"], marks=FULL),
-    pytest.param("online-dpo", "60", ["--loss_type", "xpo", "--beta", "0.05"], marks=FULL),
+    pytest.param("nash-md", "60", ["--beta", "0.001", "--num_generations", "4"], marks=FULL),
     pytest.param("online-dpo", "40", ["--loss_type", "inpo", "--eta", "0.1", "--tau", "0.01",
                  "--num_generations", "8"], marks=FULL),
     pytest.param("online-dpo", "80", ["--loss_type", "egpo", "--num_generations", "4", "--beta",
