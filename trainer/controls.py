@@ -10,6 +10,7 @@ from torch import Tensor
 from prefuse.kernels.credit import update_log_multiplier
 from prefuse.kernels.kl import adaptive_coefficient
 from prefuse.kernels.segments import segment_sum
+from prefuse.kernels.whitening import mean_and_variance, moving_mean, whitening_statistics
 
 from .dist import Ranks
 from .experience import Window
@@ -33,19 +34,26 @@ class Controls:
         told = {}
         if config.kl_target is not None:
             kl = window.column("old_logp").double() - window.column("ref_logp").double()
-            each = segment_sum(kl, window.cu_seqlens)
-            mean, count = _mean(each, ranks)
-            found = adaptive_coefficient(
-                self.beta, mean, target=config.kl_target, horizon=config.kl_horizon, steps=count
+            statistics = whitening_statistics(segment_sum(kl, window.cu_seqlens))
+            statistics = ranks.total(statistics)
+            mean = float(mean_and_variance(statistics)[0])
+            self.beta = float(
+                adaptive_coefficient(
+                    self.beta,
+                    mean,
+                    target=config.kl_target,
+                    horizon=config.kl_horizon,
+                    steps=float(statistics[0]),
+                )
             )
-            self.beta = float(found)
             told = {"kl_coef": torch.tensor([self.beta]), "sequence_kl": torch.tensor([mean])}
         if window.costs is not None:
             known = window.costs[~window.costs.isnan()]
-            mean, count = _mean(known, ranks)
-            share = config.cost_decay if self.mean_cost is not None else 0.0
-            if count:
-                self.mean_cost = share * (self.mean_cost or 0.0) + (1 - share) * mean
+            statistics = ranks.total(whitening_statistics(known))
+            if statistics[0] > 0:
+                share = 0.0 if self.mean_cost is None else config.cost_decay
+                mean = moving_mean(self.mean_cost or 0.0, statistics, decay=share)
+                self.mean_cost = float(mean)
                 moved = update_log_multiplier(
                     torch.tensor(self.log_multiplier, dtype=torch.float64),
                     self.mean_cost - config.cost_limit,
@@ -58,9 +66,3 @@ class Controls:
 
     def state(self) -> dict[str, float | None]:
         return asdict(self)
-
-
-def _mean(x: Tensor, ranks: Ranks) -> tuple[float, float]:
-    """Over ranks, and of how many."""
-    total = ranks.total(torch.stack([x.double().sum(), torch.tensor(float(len(x))).double()]))
-    return float(total[0] / total[1].clamp(min=1)), float(total[1])

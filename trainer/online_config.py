@@ -239,15 +239,6 @@ class PPOConfig(PolicyConfig):
     loss_type: str = flag(default="ppo", help="Which policy loss; see `prefuse methods`.")
     advantage: Literal["gae"] = flag(default="gae", help="Of tokens, by the critic.")
     num_generations: int = flag(default=1, help="Completions of a prompt.")
-    environment: str | None = flag(
-        default=None,
-        help="What the policy talks to: package.module.name or file.py:name, with options after ?.",
-    )
-    max_turns: int = flag(default=8, help="Turns of an episode with an environment.")
-    max_episode_length: int | None = flag(
-        default=None, help="Its tokens, with the prompt. Unset: the model's context."
-    )
-
     num_iterations: int = flag(default=4, help="Passes over the completions sampled together.")
     beta: float = flag(default=0.05, help="Coefficient of the KL to the reference model.")
     kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of PPO.")
