@@ -13,6 +13,7 @@ from setuptools import setup
 
 NVCC = shutil.which("nvcc") if os.environ.get("PREFUSE_CUDA", "1") != "0" else None
 ARCHS = ("80", "90", "100")
+FOLDERS = ("engines", "feedback", "learners", "page")
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 
@@ -46,7 +47,11 @@ class BuildExt(build_ext):
 
 
 setup(
-    packages=["prefuse.kernels", "prefuse.trainer"],
+    packages=[
+        "prefuse.kernels",
+        "prefuse.trainer",
+        *(f"prefuse.trainer.{name}" for name in FOLDERS),
+    ],
     package_dir={"prefuse.kernels": "kernels", "prefuse.trainer": "trainer"},
     package_data={"prefuse.kernels": ["*.pyi"]},
     ext_modules=[

@@ -24,8 +24,8 @@ from pathlib import Path
 from common import machine, table
 from math_verify import parse, verify
 
-from prefuse.trainer import rewards_symbolic
-from prefuse.trainer.rewards_math import accuracy, gsm8k, math
+from prefuse.trainer.feedback import symbolic as rewards_symbolic
+from prefuse.trainer.feedback.maths import accuracy, gsm8k, math
 
 
 def read(file: Path) -> list[dict]:

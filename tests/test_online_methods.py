@@ -13,13 +13,13 @@ from torch.testing import assert_close
 
 from prefuse.trainer import loop
 from prefuse.trainer.batch import pack
-from prefuse.trainer.controls import Controls
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.experience import Window
-from prefuse.trainer.extragradient import Extragradient
+from prefuse.trainer.learners.controls import Controls
+from prefuse.trainer.learners.extragradient import Extragradient
+from prefuse.trainer.learners.pairs import pairs
+from prefuse.trainer.learners.policy import policy
 from prefuse.trainer.online_config import GRPOConfig, NashMDConfig, OnlineDPOConfig
-from prefuse.trainer.pair_learner import pairs
-from prefuse.trainer.policy_learner import policy
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.replay import Replay
 from prefuse.trainer.report import Meter

@@ -8,11 +8,11 @@ from tiny import gradients, pair_rows, scorer_of, tiny_tokenizer, write_model
 from torch.testing import assert_close
 
 from prefuse.trainer import loop
-from prefuse.trainer.controls import Controls
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.experience import Window
+from prefuse.trainer.learners.controls import Controls
+from prefuse.trainer.learners.policy import policy
 from prefuse.trainer.online_config import GRPOConfig
-from prefuse.trainer.policy_learner import policy
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rollout import Completion

@@ -8,11 +8,11 @@ from transformers import LlamaForSequenceClassification
 
 from prefuse.trainer import loop
 from prefuse.trainer.attention import ATTENTION
-from prefuse.trainer.controls import Controls
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.experience import Window
+from prefuse.trainer.learners.controls import Controls
+from prefuse.trainer.learners.ppo import ActorCritic, Critic, ppo, ppo_method
 from prefuse.trainer.online_config import PPOConfig
-from prefuse.trainer.ppo import ActorCritic, Critic, ppo, ppo_method
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rollout import Completion

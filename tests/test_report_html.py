@@ -11,8 +11,8 @@ import yaml
 from tiny import pair_rows, write_model, write_rows
 
 from prefuse.trainer.cli import main
-from prefuse.trainer.report_html import write_report
-from prefuse.trainer.report_plot import Axis, labelled, moving_mean, thin
+from prefuse.trainer.page.html import write_report
+from prefuse.trainer.page.plot import Axis, labelled, moving_mean, thin
 
 VOID = {"meta", "br", "path", "circle"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'\x00\u202e"

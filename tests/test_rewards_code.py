@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from prefuse.trainer import rewards_code
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.rewards_code import code, program, run
+from prefuse.trainer.feedback import programs
+from prefuse.trainer.feedback.programs import code, program, run
 
 ADD = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
 ECHO = "```\nn = int(input())\nprint(sum(int(input()) for _ in range(n)))\n```"
@@ -119,7 +119,7 @@ def test_tests_before_an_endless_one_count():
 @pytest.mark.parametrize("network", [True, False])
 def test_no_connection_leaves_with_or_without_a_network_namespace(network, monkeypatch):
     if not network:
-        monkeypatch.setattr(rewards_code, "_without_network", lambda: ())
+        monkeypatch.setattr(programs, "_without_network", lambda: ())
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         address = server.getsockname()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.feedback.ifeval import CHECKS, ifeval
 from prefuse.trainer.rewards import Feedback
-from prefuse.trainer.rewards_ifeval import CHECKS, ifeval
 
 ENGLISH = "this is a short letter about the weather in the north of the country"
 LANGUAGES = importlib.util.find_spec("langdetect") is not None

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from prefuse.trainer import rewards_endpoint
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.feedback import endpoint
+from prefuse.trainer.feedback.judge import _read_score, _read_verdict
 from prefuse.trainer.rewards import Feedback
-from prefuse.trainer.rewards_judge import _read_score, _read_verdict
 
 KEY = "sk-not-to-be-told"
 PROMPTS = ["1+1", "1+1", "1+1", "2+2", "2+2"]
@@ -69,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(rewards_endpoint, "BACKOFF", 0.02)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.02)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     started = []
 

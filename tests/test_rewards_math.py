@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from prefuse.trainer import rewards_symbolic as symbolic
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.rewards_answers import final_answer, final_number, gold_answer, number, tidy
-from prefuse.trainer.rewards_math import accuracy, gsm8k, math, same
+from prefuse.trainer.feedback import symbolic as symbolic
+from prefuse.trainer.feedback.answers import final_answer, final_number, gold_answer, number, tidy
+from prefuse.trainer.feedback.maths import accuracy, gsm8k, math, same
 
 
 @pytest.mark.parametrize(

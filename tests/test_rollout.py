@@ -17,12 +17,12 @@ from tiny import ATTENTION, python, scorer_of, sequence, tiny_model, tiny_tokeni
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefuse.trainer import rollout_continuous
 from prefuse.trainer.batch import pack
 from prefuse.trainer.data import Example
+from prefuse.trainer.engines import continuous
+from prefuse.trainer.engines.noise import choose, gumbel, row_keys, stream
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.rollout import Sampling, make_engine
-from prefuse.trainer.rollout_noise import choose, gumbel, row_keys, stream
 
 needs_psutil = pytest.mark.skipif(
     importlib.util.find_spec("psutil") is None,
@@ -268,7 +268,7 @@ def test_a_failure_while_sampling_raises_and_leaves_nothing_running(monkeypatch)
         raise ValueError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollout_continuous, "choose", fails)
+        patch.setattr(continuous, "choose", fails)
         with pytest.raises(RuntimeError, match="continuous batching failed: no more"):
             sampler.generate(prompts, 2, sampling, [0, 1, 2])
     assert threading.active_count() == threads
@@ -285,7 +285,7 @@ def test_an_interruption_does_not_wait_for_the_rest(monkeypatch):
         manager.get_result(timeout=0.2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollout_continuous, "collect", interrupted)
+    monkeypatch.setattr(continuous, "collect", interrupted)
     started, threads = time.monotonic(), threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         sampler.generate(prompts, 100, sampling, [0, 1])  # 10,000 steps, most of a minute

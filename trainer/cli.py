@@ -125,7 +125,7 @@ def _demo(rest: list[str]) -> None:
 def _report(rest: list[str]) -> None:
     from pathlib import Path
 
-    from .report_html import write_report
+    from .page.html import write_report
 
     if len(rest) != 1 or not (Path(rest[0]) / "metrics.jsonl").is_file():
         got = " ".join(rest) or "nothing"

@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from .engines.noise import stream
 from .errors import UserError
+from .feedback.call import Caller, Failure
+from .feedback.load import found, parts
 from .prompts import Prompt
-from .rewards_call import Caller, Failure
-from .rewards_load import found, parts
 from .rollout import Engine, Episode, Sampling
-from .rollout_noise import stream
 from .turns import Limits, Messages, Talk
 
 

@@ -11,24 +11,26 @@ from torch import Tensor, nn
 
 from prefuse.kernels.objective import Mean
 
-from . import checkpoint, learners, objectives
+from . import checkpoint, objectives
 from .batch import PackedBatch, pack
-from .controls import Controls
 from .data import Example, Sequence
 from .dist import Ranks, shard, start
 from .errors import UserError
 from .experience import Window
-from .extragradient import Extragradient
 from .held_out import HeldOut
 from .judging import Judge, functions
-from .learners import Learner
+from .learners import checks
+from .learners.controls import Controls
+from .learners.extragradient import Extragradient
+from .learners.learner import Learner
+from .learners.pairs import pairs
+from .learners.policy import policy
+from .learners.ppo import ActorCritic, load_critic, ppo, ppo_method
+from .learners.raft import raft
 from .loop import autocast, make_optimizer, train
 from .model import export, load_tokenizer
 from .offline import load_scorer, prepare, resolve, train_and_held_out
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
-from .pair_learner import pairs
-from .policy_learner import policy
-from .ppo import ActorCritic, load_critic, ppo, ppo_method
 from .prompts import Prompt, load_prompts
 from .replay import Replay
 from .report import Meter, Report, claim_folder
@@ -48,7 +50,7 @@ class Models(NamedTuple):
 
 def run_online(config: OnlineConfig, name: str) -> None:
     """`prefuse grpo`, `rloo`, `online-dpo`, ...: one engine, other learners."""
-    learners.check(config)
+    checks.check(config)
     ranks = start()
     config = resolve(config, ranks)
     claim_folder(config, ranks)
@@ -61,7 +63,7 @@ def run_online(config: OnlineConfig, name: str) -> None:
     report.say(note or f"layout: {config.layout}")
     report.rows(ledgers)
     reference = None
-    if learners.needs_reference(config):
+    if checks.needs_reference(config):
         reference = _reference(config, tokenizer, longest, ranks)
     sampled_from = sources(config, scorer.model, reference, tokenizer, talk)
     models = _sharded(config, scorer, reference, tokenizer, ranks)
@@ -163,7 +165,7 @@ def _learner(config: OnlineConfig, models: Models, controls: Controls, ranks: Ra
         learner = pairs(config, _live(models.reference, config, ranks))
     else:
         assert isinstance(config, RAFTConfig)
-        learner = learners.raft(config)
+        learner = raft(config)
     if config.sync_ref_model and models.reference is not None:
         share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         method = objectives.following(learner.method, models.policy, models.reference, share, every)

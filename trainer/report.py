@@ -23,7 +23,7 @@ from prefuse.kernels.objective import Mean
 
 from .dist import Ranks
 from .errors import UserError
-from .report_html import write_report
+from .page.html import write_report
 
 LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
 SHOWN = (

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .errors import UserError
-from .rewards_cache import Cache, key_of
-from .rewards_call import Call, Caller, Failure
-from .rewards_load import BUILTINS, Reward, load
+from .feedback.cache import Cache, key_of
+from .feedback.call import Call, Caller, Failure
+from .feedback.load import BUILTINS, Reward, load
 
 __all__ = ["BUILTINS", "Feedback", "Scores", "combine"]
 

@@ -86,13 +86,13 @@ class Engine(Protocol):
 def make_engine(name: str, model: PreTrainedModel, tokenizer, **options) -> Engine:
     """The engine called `name`; options are keyword arguments of its constructor."""
     if name == "openai":
-        from .rollout_openai import OpenAIEngine as engine
+        from .engines.openai import OpenAIEngine as engine
     elif name == "vllm":
-        from .rollout_vllm import VLLMEngine as engine
+        from .engines.vllm_engine import VLLMEngine as engine
     elif name == "generate":
-        from .rollout_generate import GenerateEngine as engine
+        from .engines.generate import GenerateEngine as engine
     elif name == "transformers":
-        from .rollout_continuous import ContinuousEngine as engine
+        from .engines.continuous import ContinuousEngine as engine
     else:
         raise UserError(f"engine: wanted one of {', '.join(ENGINES)}; got {name}")
     if name != "generate" and options.get("mixture") is not None:

@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 
 from .data import template_options, tokenize
 from .errors import UserError
+from .feedback.call import Failure
 from .prompts import Prompt
-from .rewards_call import Failure
 from .rollout import Completion, Episode
 from .rows import Row
 

@@ -10,7 +10,7 @@ import torch
 
 from prefuse.kernels.credit import soft_overlong as dapo_overlong
 
-from .errors import UserError
+from ..errors import UserError
 
 THINK_ANSWER = r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
 

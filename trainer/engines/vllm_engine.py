@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .errors import UserError
-from .rollout import Completion, Sampling, check_request, context_of
+from ..errors import UserError
+from ..rollout import Completion, Sampling, check_request, context_of
 
 
 class VLLMEngine:

@@ -1,4 +1,4 @@
-"""Runs a program against tests; started by rewards_code.py in a process of its own, never imported.
+"""Runs a program against tests; started by programs.py in a process of its own, never imported.
 
 The kernel limits time, memory, files and processes. An audit hook, which Python cannot take off,
 refuses sockets, processes, foreign code and writing outside the folder it starts in. That stops

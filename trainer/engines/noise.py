@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .rollout import Sampling
+from ..rollout import Sampling
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64, Steele et al. 2014
 

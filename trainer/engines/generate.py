@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .errors import UserError
-from .model import output_head
-from .rollout import Completion, Sampling, check_request, context_of, ended, grouped
-from .rollout_noise import Request, choose, log_prob, requests_of, row_keys
-from .rollout_twin import Twin
+from ..errors import UserError
+from ..model import output_head
+from ..rollout import Completion, Sampling, check_request, context_of, ended, grouped
+from .noise import Request, choose, log_prob, requests_of, row_keys
+from .twin import Twin
 
 
 class GenerateEngine:

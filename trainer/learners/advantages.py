@@ -14,7 +14,7 @@ from prefuse.kernels.advantage_parts import shaped_rewards
 from prefuse.kernels.credit import at_ends, lagrangian
 from prefuse.kernels.whitening import Reduce
 
-from .win_rates import beats, win_rates
+from ..win_rates import beats, win_rates
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .errors import UserError
-from .rewards_text import texts
+from ..errors import UserError
+from .text import texts
 
 
 def ifeval(

@@ -13,20 +13,20 @@ from prefuse.kernels.segments import segment_sum
 from prefuse.kernels.value_losses import value_clipped
 from prefuse.kernels.whitening import Reduce, whiten, whitening_statistics
 
-from .attention import ATTENTION
-from .batch import PackedBatch
+from ..attention import ATTENTION
+from ..batch import PackedBatch
+from ..data import Example
+from ..environments import turn_rewards
+from ..errors import UserError
+from ..experience import Window
+from ..model import load_tokenizer
+from ..objectives import Method
+from ..online_config import PPOConfig
+from ..rollout import Episode
+from ..scores import Scorer, hidden_states
 from .controls import Controls
-from .data import Example
-from .environments import turn_rewards
-from .errors import UserError
-from .experience import Window
-from .learners import Learner
-from .model import load_tokenizer
-from .objectives import Method
-from .online_config import PPOConfig
-from .policy_learner import policy_method, select
-from .rollout import Episode
-from .scores import Scorer, hidden_states
+from .learner import Learner
+from .policy import policy_method, select
 
 
 class Critic(nn.Module):

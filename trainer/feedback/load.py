@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .loss_flags import nearest
-from .reward_model import RewardModel
-from .rewards_code import code
-from .rewards_ifeval import ifeval
-from .rewards_judge import judge
-from .rewards_math import accuracy, gsm8k, math
-from .rewards_text import format, length, repetition, soft_overlong
+from ..errors import UserError
+from ..loss_flags import nearest
+from ..reward_model import RewardModel
+from .ifeval import ifeval
+from .judge import judge
+from .maths import accuracy, gsm8k, math
+from .programs import code
+from .text import format, length, repetition, soft_overlong
 
 BUILTINS: dict[str, Callable] = {
     "gsm8k": gsm8k,

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .rewards_cache import Cache, key_of
-from .rollout_openai import AGAIN
+from ..engines.openai import AGAIN
+from ..errors import UserError
+from .cache import Cache, key_of
 
 BACKOFF = 0.5  # seconds before the second attempt, and twice as long before each after it
 LONGEST_WAIT = 60.0  # seconds that a server may ask for in Retry-After

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .rewards_text import texts
+from ..errors import UserError
+from .text import texts
 
-SANDBOX = Path(__file__).with_name("rewards_sandbox.py")
+SANDBOX = Path(__file__).with_name("sandbox.py")
 FENCE = re.compile(
     r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )

@@ -14,16 +14,16 @@ from prefuse.kernels.policy_parts import Actions
 from prefuse.kernels.preference_parts import probe
 from prefuse.kernels.whitening import Reduce
 
+from ..batch import PackedBatch
+from ..data import Example
+from ..experience import Window
+from ..objectives import Method
+from ..online_config import PolicyConfig
+from ..scores import Scorer
+from ..selection import SUBSETS
 from .advantages import Judged, advantages
-from .batch import PackedBatch
 from .controls import Controls
-from .data import Example
-from .experience import Window
-from .learners import Learner, drawing
-from .objectives import Method
-from .online_config import PolicyConfig
-from .scores import Scorer
-from .selection import SUBSETS
+from .learner import Learner, drawing
 
 
 def policy(config: PolicyConfig, controls: Controls, reduce: Reduce) -> Learner:

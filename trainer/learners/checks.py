@@ -1,60 +1,14 @@
-"""What an online command learns from judged completions: the method, what it needs to know of
-every token beforehand, and the micro-batches."""
+"""Whether a configuration's learner can do what it asks, and whether it reads a reference."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
-
-from . import objectives
+from .. import objectives
+from ..errors import UserError
+from ..loss_flags import nearest
+from ..online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig
 from .advantages import ESTIMATORS, NEED_GROUPS
-from .data import Example
-from .errors import UserError
-from .experience import Window
-from .loss_flags import nearest
-from .objectives import Method
-from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
-from .selection import best_of
 
 ONE_STREAM = {"gdpo", "spo", "remax", "nash", "pass_at_k"}  # estimators of rewards alone
-
-
-class Learner(NamedTuple):
-    """scores: what is read of all sampled tokens: the log-probs of the policy as it sampled
-    ("old_logp") and of the reference ("ref_logp"), a critic's "values".
-    batches: of a window and the number of the pass over it."""
-
-    method: Method
-    scores: tuple[str, ...]
-    batches: Callable[[Window, int], list[list[Example]]]
-
-
-def raft(config: RAFTConfig) -> Learner:
-    """A prompt's best completions, as demonstrations; of ReST's passes each has a threshold."""
-
-    def batches(window: Window, iteration: int) -> list[list[Example]]:
-        groups = window.candidates
-        least = config.min_reward or [-np.inf]
-        threshold = least[min(iteration, len(least) - 1)]
-
-        def best(group: int) -> list[Example]:
-            rewards = np.where(groups[group] >= threshold, groups[group], np.nan)
-            chosen = best_of(rewards, config.keep_best, drawing(config, window, group))
-            first = group * window.each
-            return [window.example([first + i for i in chosen])] if chosen else []
-
-        return window.picked(best)
-
-    return Learner(objectives.sft(), (), batches)
-
-
-def drawing(config: OnlineConfig, window: Window, group: int) -> np.random.Generator:
-    """What is drawn for a prompt depends on the seed, the window and the prompt, not on ranks."""
-    key = f"{config.seed} {window.number} {window.prompts[group].index}".encode()
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
 
 def needs_reference(config: OnlineConfig) -> bool:

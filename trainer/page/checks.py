@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from .report_plot import short
-from .report_run import Run, Series
+from .plot import short
+from .run import Run, Series
 
 # counts and shares of what was cut, refused, filtered or failed
 GUARD = re.compile(

@@ -12,9 +12,9 @@ from prefuse.kernels.kl import adaptive_coefficient
 from prefuse.kernels.segments import segment_sum
 from prefuse.kernels.whitening import mean_and_variance, moving_mean, whitening_statistics
 
-from .dist import Ranks
-from .experience import Window
-from .online_config import PolicyConfig
+from ..dist import Ranks
+from ..experience import Window
+from ..online_config import PolicyConfig
 
 
 @dataclass

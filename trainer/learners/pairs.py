@@ -7,14 +7,14 @@ import torch
 
 from prefuse.kernels.preference import LOSSES, inputs
 
-from . import objectives
-from .data import Example
-from .experience import Window
-from .learners import Learner, drawing
-from .objectives import Reference
-from .online_config import OnlineDPOConfig
-from .selection import PAIRS, accepted
-from .win_rates import beats
+from .. import objectives
+from ..data import Example
+from ..experience import Window
+from ..objectives import Reference
+from ..online_config import OnlineDPOConfig
+from ..selection import PAIRS, accepted
+from ..win_rates import beats
+from .learner import Learner, drawing
 
 
 def pairs(config: OnlineDPOConfig, reference: Reference | None) -> Learner:

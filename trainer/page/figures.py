@@ -6,7 +6,7 @@ import html
 import re
 from typing import Any
 
-from .report_plot import (
+from .plot import (
     COLOURS,
     LEFT,
     POINTS,
@@ -18,7 +18,7 @@ from .report_plot import (
     scatter_chart,
     short,
 )
-from .report_run import Run
+from .run import Run
 
 # titles, and the metrics (without eval_) that share the chart; the rest get one each
 CHARTS = {

@@ -22,9 +22,9 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import UserError
-from .rollout import Completion, Sampling, check_request, context_of
-from .rollout_noise import stream
+from ..errors import UserError
+from ..rollout import Completion, Sampling, check_request, context_of
+from .noise import stream
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may pass by themselves
 

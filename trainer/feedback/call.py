@@ -2,7 +2,7 @@
 
 A call that is given up on goes on in its daemon thread until it ends or the program does. One in a
 loop of C code that keeps the interpreter's lock cannot be given up on: such code wants a process of
-its own, as rewards_code.py gives it.
+its own, as programs.py gives it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class Failure(Exception):

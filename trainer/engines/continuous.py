@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from .rollout import Completion, Sampling, check_request, context_of, ended, grouped
-from .rollout_generate import GenerateEngine, cache_tokens
-from .rollout_noise import Request, choose, log_prob, requests_of, row_keys
-from .rollout_twin import Twin, own_randomness
+from ..rollout import Completion, Sampling, check_request, context_of, ended, grouped
+from .generate import GenerateEngine, cache_tokens
+from .noise import Request, choose, log_prob, requests_of, row_keys
+from .twin import Twin, own_randomness
 
 PAGE = 32  # tokens of a page of the cache: short enough that completions share their prompt's
 

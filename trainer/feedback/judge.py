@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from .errors import UserError
-from .loss_flags import nearest
-from .rewards_cache import key_of
-from .rewards_endpoint import Chat, NoAnswer
-from .rewards_text import content, texts
+from ..errors import UserError
+from ..loss_flags import nearest
+from .cache import key_of
+from .endpoint import Chat, NoAnswer
+from .text import content, texts
 
 Reward = float | NoAnswer | None  # a failure stands in the place of its completion's reward
 Ask = Callable[[list[str], Callable[[str], float | None]], Awaitable[list[float | NoAnswer]]]

@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from .flags import CONFIGS
-from .report_checks import checks, ends, is_guard, planned
-from .report_figures import CHARTS, SPEED, Figures, escape
-from .report_plot import short
-from .report_run import Run, Series, number, read_run
-from .report_style import SCRIPT, STYLE
+from ..flags import CONFIGS
+from .checks import checks, ends, is_guard, planned
+from .figures import CHARTS, SPEED, Figures, escape
+from .plot import short
+from .run import Run, Series, number, read_run
+from .style import SCRIPT, STYLE
 
 SAMPLED_STEPS, SAMPLES_A_STEP, TEXT = 12, 6, 2000
 

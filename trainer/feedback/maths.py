@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from . import rewards_symbolic as symbolic
-from .errors import UserError
-from .rewards_answers import (
+from ..errors import UserError
+from . import symbolic
+from .answers import (
     BASE,
     LONGEST,
     boxed_together,
@@ -18,7 +18,7 @@ from .rewards_answers import (
     spaceless,
     tidy,
 )
-from .rewards_text import texts
+from .text import texts
 
 
 def gsm8k(completions, answer, **_) -> list[float | None]:
