@@ -116,12 +116,14 @@ def _gold_nll(pair: Pair) -> Tensor:
 
 
 def xpo(pair: Pair, *, beta: float = 0.1, alpha: float = 1e-5) -> Objective:
-    """XPO, arXiv:2405.21046: h(beta delta) + alpha l(x), x a completion that pi_ref sampled.
+    """XPO, arXiv:2405.21046: p h(z) + (1 - p) h(-z) + alpha l(x), z = beta delta.
 
-    The plus sign lowers what the reference says already.
+    p is the preference for w, 1 for a label; x is a completion that pi_ref sampled: the plus sign
+    lowers what the reference says already.
     """
     chosen, rejected = pair.log_ratios()
-    loss = logistic(beta * (chosen - rejected)) + alpha * pair.need("explored")
+    loss = soft(beta * (chosen - rejected), pair.need("preference"))
+    loss = loss + alpha * pair.need("explored")
     return objective(loss, beta * chosen, beta * rejected)
 
 

@@ -31,6 +31,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 DNO = ["--loss_type", "mmpo", "--win_rates", "--preference", "larger", "--num_generations", "8"]
 METHODS = [
     pytest.param("nash-md", "60", ["--beta", "0.001", "--num_generations", "4"], marks=FULL),
+    pytest.param("online-dpo", "40", ["--loss_type", "xpo", "--num_generations", "2", "--beta",
+                 "0.1"], marks=FULL),
     pytest.param("online-dpo", "40", ["--loss_type", "inpo", "--eta", "0.1", "--tau", "0.01",
                  "--num_generations", "8"], marks=FULL),
     pytest.param("online-dpo", "80", ["--loss_type", "egpo", "--num_generations", "4", "--beta",
@@ -112,6 +114,7 @@ def judged_pair(loss_type: str, rewards, others=None, **changes):
         num_generations=len(rewards[0]), **changes,
     )  # fmt: skip
     window = window_of(rewards, others)
+    window.foreign = len(rewards[0]) // 2 if loss_type == "xpo" else 0
     window.set("old_logp", torch.linspace(-3, 0, int(window.cu_seqlens[-1])))
     return pairs(config, None).batches(window, 0)
 
@@ -130,10 +133,17 @@ def test_a_success_is_replayed_where_none_is_found():
 
 
 def test_xpo_meets_what_the_reference_sampled():
-    """Of 4 completions the last two are the reference's; ties say nothing."""
+    """Of 4 completions the last two are the reference's; who sampled the better is told."""
     (batch,) = judged_pair("xpo", [[1.0, 0.0, 0.5, 0.25]])
-    assert [(e.judged, len(e.sequences)) for e in batch] == [((0.0,), 2), ((1.0,), 2)]
-    assert judged_pair("xpo", [[1.0, 0.5, 1.0, 0.5]]) == [[]]
+    assert [(e.judged, len(e.sequences)) for e in batch] == [((1.0, 0.0), 2), ((1.0, 1.0), 2)]
+    (batch,) = judged_pair("xpo", [[1.0, 0.5, 1.0, NAN]])
+    assert [e.judged for e in batch] == [(0.5, 0.0)]
+
+
+def test_rewards_are_told_of_what_the_policy_sampled(online_run):
+    """Half of XPO's completions are the reference's, which does not learn."""
+    lines = online_run("online-dpo", "out", *LEARN, "16", "--loss_type", "xpo", "--beta", "0.1")
+    assert lines[-1]["reward"] > 0.5 > 0.3 > lines[-1]["reward_others"]
 
 
 def test_egpo_reads_how_both_fare_against_opponents():

@@ -86,7 +86,7 @@ CASES = [
     ("tpo", dict(beta=0.25, nll_coef=3.0), h(1) + 6),
     ("tpo", dict(beta=0.25, nll_coef=0.0, label_smoothing=0.2), 0.8 * h(1) + 0.2 * h(-1)),
     ("tpo_l", dict(beta=2.0, gamma=0.5, nll_coef=1.0), h(1.5) + 2),
-    ("xpo", dict(beta=0.5, alpha=0.5), h(1) - 2),
+    ("xpo", dict(beta=0.5, alpha=0.5), 0.75 * h(1) + 0.25 * h(-1) - 2),
     ("inpo", dict(eta=0.25, tau=0.125), 0.25),
     ("egpo", dict(beta=1.0), (2 - math.log(3)) ** 2),
     ("cal_dpo", dict(beta=0.25), h(2) + 2),
@@ -99,7 +99,7 @@ CASES = [
 # pulls the chosen reward to log 2, robust DPO and EXO turn past a margin, APO-down lowers both, and
 # DiscoPOP as published rises around z = 0.
 NOT_MONOTONE = {"ipo", "ipo_sum", "sppo_hard", "sppo", "mmpo", "osp", "rpo", "inpo", "egpo"}
-NOT_MONOTONE |= {"nca_pair", "robust", "exo_pair", "apo_down", "discopop", "cal_dpo"}
+NOT_MONOTONE |= {"nca_pair", "xpo", "robust", "exo_pair", "apo_down", "discopop", "cal_dpo"}
 
 
 def tensors(values: dict[str, float], dtype=torch.float64) -> dict[str, torch.Tensor]:

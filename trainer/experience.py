@@ -20,6 +20,7 @@ class Window:
     """Completions [S] of this rank, `each` of them for every prompt, micro_rows a micro-batch.
 
     number: of the window in the run.
+    foreign: how many of a prompt's completions, its last, another model sampled (XPO).
     others: completions of the same prompts that are judged but never trained on.
     rewards: [S] float64, weighted; NaN where none was given. parts: [S, F], of each function.
     costs: [S], where there are any.
@@ -32,6 +33,7 @@ class Window:
     each: int
     micro_rows: int
     number: int = 0
+    foreign: int = 0
     others: Window | None = None
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
     parts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
@@ -65,6 +67,11 @@ class Window:
         return self.rewards.view(-1, self.each)
 
     @property
+    def own(self) -> Tensor:
+        """bool [S]: sampled by the policy."""
+        return torch.arange(len(self.completions)) % self.each < self.each - self.foreign
+
+    @property
     def candidates(self) -> np.ndarray:
         """Rewards [G, K] of those that are kept, NaN for the others."""
         return np.where(self.kept, self.rewards.numpy(), np.nan).reshape(-1, self.each)
@@ -95,6 +102,7 @@ class Window:
             self.each,
             self.micro_rows,
             self.number,
+            self.foreign,
             None if self.others is None else self.others.taken(chosen),
             self.rewards[rows],
             self.parts[rows],
@@ -117,6 +125,7 @@ class Window:
             self.each,
             self.micro_rows,
             self.number,
+            self.foreign,
             others,
             torch.cat([self.rewards, more.rewards]),
             torch.cat([self.parts, more.parts]),

@@ -147,20 +147,23 @@ class Judge:
         return text if is_text else [{"role": "assistant", "content": text}]
 
     def _measure(self, window: Window) -> None:
-        rewards, parts = window.rewards, window.parts
-        lengths, groups = window.cu_seqlens.diff(), rewards.view(-1, window.each)
+        """Of what the policy sampled."""
+        rewards, parts, own = window.rewards, window.parts, window.own
+        lengths, groups = window.cu_seqlens.diff(), rewards[own].view(len(window.prompts), -1)
         whole = ~groups.isnan().any(1)
         values = {
-            "reward": _mean(rewards, ~rewards.isnan()),
+            "reward": _mean(rewards, ~rewards.isnan() & own),
             "reward_std": _mean(groups.std(1, correction=0), whole),
             "frac_reward_zero_std": _mean(groups.amax(1) == groups.amin(1), whole),
-            "completions/mean_length": _mean(lengths),
-            "completions/clipped_ratio": _mean(~window.finished),
+            "completions/mean_length": _mean(lengths, own),
+            "completions/clipped_ratio": _mean(~window.finished, own),
         }
         for k, name in enumerate(self.names):
-            values[f"rewards/{name}/mean"] = _mean(parts[:, k], ~parts[:, k].isnan())
+            values[f"rewards/{name}/mean"] = _mean(parts[:, k], ~parts[:, k].isnan() & own)
+        if window.foreign:
+            values["reward_others"] = _mean(rewards, ~rewards.isnan() & ~own)
         if window.costs is not None:
-            values["cost"] = _mean(window.costs, ~window.costs.isnan())
+            values["cost"] = _mean(window.costs, ~window.costs.isnan() & own)
         self.meter.add(values)
 
     def _write_samples(self, window: Window, answers: list, step: int) -> None:

@@ -169,7 +169,9 @@ class Sampler:
             for completion in part
         ]
         each = sum(source.count for source in sources)
-        return Window(prompts, completions, each, self.config.per_device_train_batch_size, number)
+        foreign = sum(source.count for source in sources if source.model is not None)
+        rows = self.config.per_device_train_batch_size
+        return Window(prompts, completions, each, rows, number, foreign)
 
     def _order(self, epoch: int) -> list[int]:
         if not self.config.shuffle_dataset:

@@ -50,13 +50,13 @@ def _chosen(
     config: OnlineDPOConfig, window: Window, group: int, rewards: np.ndarray
 ) -> list[tuple[int, int]]:
     """Places of chosen and rejected completions in their group."""
-    if config.loss_type == "xpo":
-        half = window.each // 2
+    if config.loss_type == "xpo":  # equal ones too, whose preference is a half
+        half = window.each - window.foreign
         met = [(i, half + i) for i in range(half)]
         return [
-            (i, j) if rewards[i] > rewards[j] else (j, i)
+            (i, j) if rewards[i] >= rewards[j] else (j, i)
             for i, j in met
-            if rewards[i] != rewards[j] and not np.isnan(rewards[[i, j]]).any()
+            if not np.isnan(rewards[[i, j]]).any()
         ]
     if config.loss_type == "egpo":  # equal ones too: it learns how far apart they should be
         return [] if np.isnan(rewards).any() else [(0, 1)]
@@ -85,5 +85,5 @@ def _numbers(
     return {
         "margin": margin,
         "preference": float(beats(better, worse, config.preference)),
-        "explored": float(chosen >= window.each // 2),
+        "explored": float(chosen >= window.each - window.foreign),
     }
