@@ -1,17 +1,32 @@
 """`prefuse ppo`'s step against PPO written out in plain PyTorch, in float64."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
-from tiny import in_float64, scorer_of, tiny_model
+from online_runs import online_config
+from tiny import (
+    WORDS,
+    in_float64,
+    ragged_pairs,
+    scorer_of,
+    tiny_model,
+    tiny_tokenizer,
+    write_model,
+)
 from torch.testing import assert_close
 from transformers import LlamaForSequenceClassification
 
 from prefuse.trainer import loop
 from prefuse.trainer.attention import ATTENTION
+from prefuse.trainer.batch import pack
 from prefuse.trainer.dist import Ranks
+from prefuse.trainer.errors import UserError
 from prefuse.trainer.experience import Window
 from prefuse.trainer.learners.controls import Controls
-from prefuse.trainer.learners.ppo import ActorCritic, Critic, ppo, ppo_method
+from prefuse.trainer.learners.ppo import ActorCritic, Critic, load_critic, ppo, ppo_method
 from prefuse.trainer.online_config import PPOConfig
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter
@@ -111,3 +126,38 @@ def test_a_step_in_float64():
     got = [p.grad for p in parameters if p.grad is not None]
     for grad, exact in zip(got, expected, strict=True):
         assert_close(grad, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_critics_are_loaded_without_dropout(tmp_path):
+    """A fresh head says 0; a saved one what it said, in training too; others are refused."""
+    model, batch = tiny_model(attention_dropout=0.5), pack(ragged_pairs(), share=False)
+    fresh, theirs = tmp_path / "fresh", tmp_path / "saved"
+    write_model(fresh, model)
+    two = LlamaForSequenceClassification(deepcopy(model.config))
+    model.config.num_labels = 1
+    saved = LlamaForSequenceClassification(model.config)
+    saved.model.load_state_dict(model.model.state_dict())
+    write_model(theirs, saved)
+    config = online_config(PPOConfig, layout="padded")
+    critics = {
+        folder: load_critic(
+            replace(config, critic_model_name_or_path=str(folder)), tiny_tokenizer()
+        ).train()
+        for folder in (fresh, theirs)
+    }
+    assert not critics[fresh](batch).any()
+    saved.set_attn_implementation("sdpa")
+    values, known = critics[theirs](batch), []
+    for example in ragged_pairs():
+        for sequence in example.sequences:
+            hidden = saved.eval().model(torch.from_numpy(sequence.tokens)[None])[0]
+            known.append(saved.score(hidden)[0, :-1, 0][torch.from_numpy(sequence.scored)[1:]])
+    assert_close(values, torch.cat(known), rtol=1e-4, atol=1e-5)
+    write_model(tmp_path / "two", two)
+    more = dict(critic_model_name_or_path=str(tmp_path / "two"))
+    with pytest.raises(UserError, match="wanted a head of 1 numbers"):
+        load_critic(replace(config, **more), tiny_tokenizer())
+    with pytest.raises(UserError, match="wanted the policy's tokenizer"):
+        load_critic(
+            replace(config, critic_model_name_or_path=str(fresh)), tiny_tokenizer(words=WORDS[:-1])
+        )

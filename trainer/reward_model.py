@@ -70,10 +70,12 @@ def load_scores(
     seed: int = 0,
     pad_token_id: int | None = None,
     trust_remote_code: bool = False,
+    zeros: bool = False,
 ) -> PreTrainedModel:
     """A saved model with its head; or a causal one with a fresh head of small numbers.
 
-    num_labels: how many numbers it says; None takes a saved model as it is.
+    num_labels: how many numbers it says; None takes a saved model as it is. zeros: the fresh head
+    says 0.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -106,10 +108,10 @@ def load_scores(
     if num_labels is not None and head.out_features != num_labels:
         raise UserError(
             f"{name}: wanted a head of {num_labels} numbers, as the loss reads; got "
-            f"{head.out_features}. Begin from a causal model, or choose another --loss_type"
+            f"{head.out_features}. Begin from a causal model, or one with such a head"
         )
     if not saved:
-        fresh_head(head, seed)
+        nn.init.zeros_(head.weight) if zeros else fresh_head(head, seed)
     text = model.config.get_text_config()
     model.config.pad_token_id = text.pad_token_id = (
         text.pad_token_id if pad_token_id is None else pad_token_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from prefuse.kernels.advantage import ShapedGae, length_adaptive_lam, shaped_gae
 from prefuse.kernels.credit import at_ends, lagrangian
@@ -13,7 +12,6 @@ from prefuse.kernels.segments import segment_sum
 from prefuse.kernels.value_losses import value_clipped
 from prefuse.kernels.whitening import Reduce, whiten, whitening_statistics
 
-from ..attention import ATTENTION
 from ..batch import PackedBatch
 from ..data import Example
 from ..environments import turn_rewards
@@ -22,6 +20,7 @@ from ..experience import Window
 from ..model import load_tokenizer
 from ..objectives import Method
 from ..online_config import PPOConfig
+from ..reward_model import load_scores
 from ..rollout import Episode
 from ..scores import Scorer, hidden_states
 from .controls import Controls
@@ -62,24 +61,14 @@ def load_critic(config: PPOConfig, tokenizer, flag: str = "critic_model_name_or_
                 f"--{flag} {name}: wanted the policy's tokenizer, because the "
                 "critic reads the same tokens; got another vocabulary"
             )
-    shape = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    saved = any("SequenceClassification" in a for a in shape.architectures or ())
-    if saved and shape.num_labels != 1:
-        raise UserError(f"{name}: wanted a critic of one number; got {shape.num_labels} labels")
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = load_scores(
         name,
         num_labels=1,
         dtype=getattr(torch, config.dtype),
-        attn_implementation="sdpa" if config.layout == "padded" else ATTENTION,
+        layout=config.layout,
         trust_remote_code=config.trust_remote_code,
+        zeros=True,
     )
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(
-            f"{name}: wanted a model with a linear head `score`; {type(model)} has none"
-        )
-    if not saved:
-        nn.init.zeros_(model.score.weight)
-    model.config.use_cache = False
     return Critic(model, config.layout)
 
 
