@@ -82,6 +82,7 @@ def test_samples_are_written(online_run, tmp_path):
         (["--per_device_train_batch_size", "9"], "--per_device_train_batch_size: wanted with"),
         (["--loss_type", "kl_cov"], "--loss_type kl_cov: it reads selected of every token"),
         (["--reward_weights", "1", "2"], "--reward_weights: wanted a number for each of the 1"),
+        (["--ref_model_mixup_alpha", "0"], "--ref_model_mixup_alpha: wanted a number in (0, 1]"),
         (["--max_prompt_length", "2"], "no prompt is left to sample from"),
         (["--max_completion_length", "200"], "128"),
     ],

@@ -145,14 +145,11 @@ class SFTConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ReferenceConfig(TrainConfig):
-    """Offline training against a reference model."""
+    """Training beside a reference model."""
 
     learning_rate: float = flag(default=1e-6, help="Peak learning rate.")
     ref_model_name_or_path: str | None = flag(
         default=None, help="The reference model. Unset: the model as it is before training."
-    )
-    precompute_ref_log_probs: bool = flag(
-        default=False, help="Score the data once under the reference, then free it."
     )
     sync_ref_model: bool = flag(
         default=False,
@@ -169,6 +166,18 @@ class ReferenceConfig(TrainConfig):
         require(0 < share <= 1, "ref_model_mixup_alpha", "a number in (0, 1]", share)
         steps = self.ref_model_sync_steps
         require(steps >= 1, "ref_model_sync_steps", "a positive number", steps)
+
+
+@dataclass(frozen=True)
+class OfflineConfig(ReferenceConfig):
+    """Offline training against a reference model."""
+
+    precompute_ref_log_probs: bool = flag(
+        default=False, help="Score the data once under the reference, then free it."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
         require(
             not (self.sync_ref_model and self.precompute_ref_log_probs),
             "sync_ref_model",
@@ -178,7 +187,7 @@ class ReferenceConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class DPOConfig(ReferenceConfig):
+class DPOConfig(OfflineConfig):
     """Offline preference optimisation on `chosen` + `rejected` rows, with or without `prompt`."""
 
     loss_type: str = flag(default="sigmoid", help="Which preference loss; see `prefuse methods`.")
@@ -186,7 +195,7 @@ class DPOConfig(ReferenceConfig):
 
 
 @dataclass(frozen=True)
-class KTOConfig(ReferenceConfig):
+class KTOConfig(OfflineConfig):
     """Offline optimisation on completions judged one at a time: `prompt`, `completion`, `label`."""
 
     loss_type: str = flag(default="kto", help="Which unpaired loss; see `prefuse methods`.")

@@ -11,7 +11,7 @@ import torch
 
 from . import checkpoint, objectives
 from .batch import pack
-from .config import DPOConfig, ReferenceConfig, SFTConfig, TrainConfig, updated
+from .config import DPOConfig, OfflineConfig, SFTConfig, TrainConfig, updated
 from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
 from .errors import UserError
@@ -65,7 +65,7 @@ def run_dpo(config: DPOConfig) -> None:
 
 
 def referenced(
-    config: ReferenceConfig, scorer: Scorer, examples: list[Example], ranks: Ranks, report, make
+    config: OfflineConfig, scorer: Scorer, examples: list[Example], ranks: Ranks, report, make
 ) -> Method:
     """The method that `make` makes of a reference, which moves if the user asks for it."""
     reference, model = _reference(config, examples, ranks, report)
@@ -167,7 +167,7 @@ def prepare(config, scorer: Scorer) -> None:
 
 
 def _reference(
-    config: ReferenceConfig, examples: list[Example], ranks: Ranks, report
+    config: OfflineConfig, examples: list[Example], ranks: Ranks, report
 ) -> tuple[Reference, Scorer]:
     """pi_ref: a model kept beside the policy, or its scores of the data; and that model."""
     name = config.ref_model_name_or_path or config.model_name_or_path

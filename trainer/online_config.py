@@ -6,18 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config import TrainConfig, flag, require
+from .config import ReferenceConfig, flag, require
 
 
 @dataclass(frozen=True)
-class OnlineConfig(TrainConfig):
+class OnlineConfig(ReferenceConfig):
     """Reinforcement learning on `prompt` rows, from rewards of sampled completions.
 
     Batches are counted in completions: an optimizer step sees per_device_train_batch_size x
     gradient_accumulation_steps x ranks of them.
     """
 
-    learning_rate: float = flag(default=1e-6, help="Peak learning rate.")
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={"help": "Rewards: built-in names, package.module.function or file.py:function."},
@@ -74,16 +73,6 @@ class OnlineConfig(TrainConfig):
     mask_truncated_completions: bool = flag(
         default=False, help="Do not train on completions cut at max_completion_length."
     )
-    ref_model_name_or_path: str | None = flag(
-        default=None, help="The reference model. Unset: the model as it is before training."
-    )
-    sync_ref_model: bool = flag(
-        default=False, help="Move the reference towards the policy as it trains."
-    )
-    ref_model_mixup_alpha: float = flag(
-        default=0.6, help="The policy's share in the moved reference; 1 replaces it."
-    )
-    ref_model_sync_steps: int = flag(default=512, help="Optimizer steps between two moves.")
     log_completions: int = flag(default=4, help="Completions written to samples.jsonl a log line.")
 
     def __post_init__(self):
