@@ -151,7 +151,7 @@ ALL, TWO = [0, 1, 2, 3], [2, 3]
         (on_two(math.nan), "not finite", TWO),
         (on_two(-math.inf), "not finite", TWO),
         (on_two("1.0"), "wrong type", TWO),
-        (on_two([1.0]), "wrong type", TWO),
+        (on_two([1.0]), "wrong count", TWO),
         (lambda prompts: [1.0] * (4 if len(prompts) == 4 else len(prompts) - 1), None, []),
         (lambda completions: [1.0], "wrong count", ALL),
         (lambda completions: [], "wrong count", ALL),

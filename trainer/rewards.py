@@ -2,7 +2,8 @@
 
 A function is TRL's: f(prompts, completions, completion_ids, **columns) -> a number or None for each
 completion, plain or `async`. None means that it does not apply; an exception in the place of a
-number, that it failed on this completion.
+number, that it failed on this completion. A list of numbers, one for each of its completion_ids, or
+Spans of its text, says what parts of a completion are worth; their sum is its reward.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import numpy as np
 from .errors import UserError
 from .feedback.cache import Cache, key_of
 from .feedback.call import Call, Caller, Failure
+from .feedback.dense import Dense, Spans, of_json, read_dense, to_json, total
 from .feedback.load import BUILTINS, Reward, load
 
-__all__ = ["BUILTINS", "Feedback", "Scores", "combine"]
+__all__ = ["BUILTINS", "Feedback", "Scores", "Spans", "combine"]
+
+Value = float | Dense
 
 
 COMPUTED = ("prompts", "completions", "completion_ids", "log_metric", "log_extra")
@@ -35,6 +39,7 @@ class Scores(NamedTuple):
     notes: tuple[str, ...] = ()  # a line for each prompt and function that failed
     metrics: dict[str, float] = {}  # what functions gave to log_metric, averaged
     extra: dict[str, list] = {}  # what they gave to log_extra: a value a completion
+    dense: dict[tuple[int, int], Dense] = {}  # those that are sums, by completion and function
 
 
 class Feedback:
@@ -46,14 +51,17 @@ class Feedback:
 
     def __init__(
         self,
-        functions: Sequence[str | Callable],
+        functions: Sequence[str | Callable | Reward],
         weights: Sequence[float] | None = None,
         *,
         on_failure: Literal["stop", "skip", "zero"] = "stop",
         timeout: float = 60.0,
         cache: Path | None = None,
         max_concurrency: int = 8,
+        kind: str = "reward",
+        neutral: float = 0.0,
     ):
+        """kind: what messages call a function. neutral: what "zero" puts in a failure's place."""
         if not functions:
             raise UserError("wanted a reward: a built-in's name, a path or a function; got none")
         if on_failure not in ("stop", "skip", "zero"):
@@ -66,7 +74,7 @@ class Feedback:
         self.rewards = tuple(load(f) for f in functions)
         self.names = _distinct([reward.name for reward in self.rewards])
         self.weights = _weights(weights, self.names)
-        self.on_failure = on_failure
+        self.on_failure, self.kind, self.neutral = on_failure, kind, neutral
         self.caller = Caller(timeout, max_concurrency)
         self.cache = None if cache is None else Cache(Path(cache))
 
@@ -102,23 +110,27 @@ class Feedback:
         rewards = np.full((len(completions), len(tasks)), math.nan)
         failures: Counter[str] = Counter()
         notes: dict[tuple, str] = {}
+        dense: dict[tuple[int, int], Dense] = {}
         for f, task in enumerate(tasks):
             for i, value in enumerate(task.values(indices)):
+                if isinstance(value, (np.ndarray, Spans)):
+                    rewards[i, f], dense[i, f] = total(value), value
+                    continue
                 if not isinstance(value, Failure):
                     rewards[i, f] = value
                     continue
-                note = f"reward {self.names[f]} {value.story} on {indices[i]}"
+                note = f"{self.kind} {self.names[f]} {value.story} on {indices[i]}"
                 if self.on_failure == "stop":
                     raise UserError(
-                        f"{note}. Fix the reward or the row, or go on without: --reward_failure "
-                        "skip, or zero"
+                        f"{note}. Fix the {self.kind} or the row, or go on without: "
+                        "--reward_failure skip, or zero"
                     ) from value
                 failures[value.kind] += 1
                 notes.setdefault((f, value.kind, str(indices[i])), note)
-                rewards[i, f] = 0.0 if self.on_failure == "zero" else math.nan
+                rewards[i, f] = self.neutral if self.on_failure == "zero" else math.nan
         metrics = {name: float(np.mean(values)) for name, values in logs.metrics.items()}
         extra = {k: v for k, v in logs.extra.items() if len(v) == len(completions)}
-        return Scores(rewards, dict(failures), tuple(notes.values()), metrics, extra)
+        return Scores(rewards, dict(failures), tuple(notes.values()), metrics, extra, dense)
 
 
 class _Logs:
@@ -147,8 +159,10 @@ class _Task:
             for name, values in reward.arguments({**given, **self.logs}).items()
             if name not in self.logs
         }
-        self.count = len(given["completions"])
-        self.known: dict[int, float] = {}
+        self.completions = given["completions"]
+        self.lengths = [len(ids) for ids in given["completion_ids"]]
+        self.count = len(self.completions)
+        self.known: dict[int, Value] = {}
         self.keys: list[str] = []
         if self.cache is not None:
             self._recall(given)
@@ -162,7 +176,10 @@ class _Task:
             row = {name: values[i] for name, values in read.items()}
             self.keys.append(key_of(self.reward.name, self.reward.version, row))
             for value in self.cache.get(self.keys[i]):
-                self.known[i] = math.nan if value is None else value
+                found = of_json(value)
+                if isinstance(found, np.ndarray) and len(found) != self.lengths[i]:
+                    continue  # the same text of other tokens
+                self.known[i] = found
 
     def start(self, rows: list[int] | None = None) -> Call:
         """Calls the function on some rows, or on all that are to do."""
@@ -173,31 +190,30 @@ class _Task:
         self.call = self.caller.start(self.reward.function, some, self.reward.is_async)
         return self.call
 
-    def values(self, indices: list) -> list[float | Failure]:
-        """A number or a Failure for every completion."""
+    def values(self, indices: list) -> list[Value | Failure]:
+        """A number, rewards of parts or a Failure for every completion."""
         fresh = self._fresh(indices) if self.todo else []
-        results: dict[int, float | Failure] = dict(zip(self.todo, fresh, strict=True))
+        results: dict[int, Value | Failure] = dict(zip(self.todo, fresh, strict=True))
         if self.cache is not None:
             good = {i: v for i, v in results.items() if not isinstance(v, Failure)}
-            named = {self.keys[i]: None if math.isnan(v) else v for i, v in good.items()}
-            self.cache.put(named)
+            self.cache.put({self.keys[i]: to_json(v) for i, v in good.items()})
         return [results[i] if i in results else self.known[i] for i in range(self.count)]
 
-    def _fresh(self, indices: list) -> list[float | Failure]:
+    def _fresh(self, indices: list) -> list[Value | Failure]:
         try:
             call = self.call or self.start()
-            return _read(call.result(), len(self.todo))
+            return self._read(call.result(), self.todo)
         except Failure as failure:
             if failure.kind == "timed out":
                 return [failure] * len(self.todo)
             return self._prompt_by_prompt(indices, failure)
 
-    def _prompt_by_prompt(self, indices: list, failure: Failure) -> list[float | Failure]:
+    def _prompt_by_prompt(self, indices: list, failure: Failure) -> list[Value | Failure]:
         """The same function on each prompt's completions; it may compare these with each other."""
         groups: dict[str, list[int]] = {}
         for i in self.todo:
             groups.setdefault(str(indices[i]), []).append(i)
-        results: dict[int, float | Failure] = dict.fromkeys(self.todo, failure)
+        results: dict[int, Value | Failure] = dict.fromkeys(self.todo, failure)
         deadline = time.monotonic() + self.caller.timeout
         for rows in groups.values() if len(groups) > 1 else ():
             if time.monotonic() > deadline:
@@ -205,27 +221,39 @@ class _Task:
                 results.update(dict.fromkeys(rows, failure))
                 continue
             try:
-                found = _read(self.start(rows).result(), len(rows))
+                found = self._read(self.start(rows).result(), rows)
             except Failure as error:
                 found = [error] * len(rows)
             results.update(zip(rows, found, strict=True))
         return [results[i] for i in self.todo]
 
+    def _read(self, result: Any, rows: list[int]) -> list[Value | Failure]:
+        """What the function returned for these completions."""
+        result = result.tolist() if hasattr(result, "tolist") else result
+        if not isinstance(result, (list, tuple)):
+            story = f"returned {_shown(result)}, not a list of numbers"
+            raise Failure("wrong type", story)
+        if len(result) != len(rows):
+            story = f"returned {len(result)} rewards for {len(rows)} completions"
+            raise Failure("wrong count", story)
+        return [self._value(value, i) for value, i in zip(result, rows, strict=True)]
 
-def _read(result: Any, count: int) -> list[float | Failure]:
-    """What a function returned, as a number or a Failure for each completion."""
-    result = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(result, (list, tuple)):
-        story = f"returned {_shown(result)}, not a list of numbers"
-        raise Failure("wrong type", story)
-    if len(result) != count:
-        raise Failure("wrong count", f"returned {len(result)} rewards for {count} completions")
-    return [_number(value) for value in result]
+    def _value(self, value: Any, i: int) -> Value | Failure:
+        if getattr(value, "ndim", 0) == 1 and len(value) > 1:
+            value = value.tolist()
+        if not isinstance(value, (list, tuple, Spans)):
+            return _number(value)
+        try:
+            return read_dense(value, self.lengths[i], self.completions[i])
+        except Failure as failure:
+            return failure
 
 
 def _number(value: Any) -> float | Failure:
     if value is None:
         return math.nan
+    if isinstance(value, Failure):
+        return value
     if isinstance(value, Exception):  # of one completion, by a function that goes on with others
         return Failure("raised", f"raised {type(value).__name__}: {value}")
     try:
