@@ -24,6 +24,8 @@ class Window:
     others: completions of the same prompts that are judged but never trained on.
     rewards: [S] float64, weighted; NaN where none was given. parts: [S, F], of each function.
     costs: [S], where there are any.
+    wins: [G, K, L], where a preference function told P(y_i beats y'_j): y' of the others, or of the
+    group itself where there are none. NaN where it did not know.
     columns: numbers of every token of every completion, end to end [M].
     kept: bool [S], the completions that are trained on; all but empty ones at first.
     """
@@ -38,6 +40,7 @@ class Window:
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
     parts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     costs: Tensor | None = None
+    wins: Tensor | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
@@ -107,6 +110,7 @@ class Window:
             self.rewards[rows],
             self.parts[rows],
             None if self.costs is None else self.costs[rows],
+            None if self.wins is None else self.wins[chosen],
             kept=self.kept[rows],
         )
 
@@ -119,6 +123,9 @@ class Window:
         costs = self.costs
         if costs is not None and more.costs is not None:
             costs = torch.cat([costs, more.costs])
+        wins = self.wins
+        if wins is not None and more.wins is not None:
+            wins = torch.cat([wins, more.wins])
         return Window(
             self.prompts + more.prompts,
             self.completions + more.completions,
@@ -130,6 +137,7 @@ class Window:
             torch.cat([self.rewards, more.rewards]),
             torch.cat([self.parts, more.parts]),
             costs,
+            wins,
             kept=np.concatenate([self.kept, more.kept]),
         )
 

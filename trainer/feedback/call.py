@@ -101,7 +101,7 @@ class Call:
             raise Failure("timed out", f"timed out after {self.caller.timeout:g} s")
         try:
             return self.future.result()
-        except (UserError, KeyboardInterrupt):
+        except (UserError, Failure, KeyboardInterrupt):
             raise
         except BaseException as error:  # SystemExit too, and a coroutine that cancels itself
             raise Failure("raised", f"raised {type(error).__name__}: {error}") from error

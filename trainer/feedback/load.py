@@ -62,12 +62,14 @@ class Reward:
         return given if self.takes_all else {k: v for k, v in given.items() if k in self.reads}
 
 
-def load(spec: str | Callable) -> Reward:
+def load(spec: str | Callable | Reward) -> Reward:
     """A Reward from a function, a built-in's name, package.module.name, file.py:function or the
     folder of a saved reward model.
 
     After a `?` come options of the function: "soft_overlong?max_length=512&cache=128".
     """
+    if isinstance(spec, Reward):
+        return spec
     if not isinstance(spec, str):
         return describe(spec, getattr(spec, "__name__", type(spec).__name__), {})
     path, options = parts(spec)
