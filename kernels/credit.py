@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import expect
@@ -174,6 +175,35 @@ def step_contributions(
         placed = placed + ends * each[segment_ids(cu_seqlens, total)]
     placed = alpha * placed
     return placed if grounded is None else placed + beta * at_ends(grounded, steps, total)
+
+
+def ngram_steps(boundaries: Tensor, total: int, *, size: int) -> Tensor:
+    """MA-RLHF's n-grams, arXiv:2410.02743: macro actions of `size` tokens, [N+1] int32 steps.
+
+    boundaries: [S+1], of sequences or turns, which no step crosses; the last of each may be short.
+    """
+    expect(size >= 1, "size", "1 or more", size)
+    check_boundaries("boundaries", boundaries, total, boundaries.device)
+    place = torch.arange(total, device=boundaries.device)
+    place = place - boundaries[segment_ids(boundaries, total)]
+    return _steps_from(place % size == 0)
+
+
+def perplexity_steps(logp: Tensor, boundaries: Tensor) -> Tensor:
+    """MA-RLHF's perplexity rule, arXiv:2410.02743: a step goes on while it falls, [N+1] int32.
+
+    So a macro action begins at the tokens less likely than the one before, and at boundaries
+    [S+1], of sequences or turns. logp: [T], of the reference.
+    """
+    total = len(logp)
+    check_boundaries("boundaries", boundaries, total, logp.device)
+    ids = segment_ids(boundaries, total)
+    first = torch.arange(total, device=logp.device) == boundaries[ids]
+    return _steps_from(first | (logp.detach() < logp.detach().roll(1)))
+
+
+def _steps_from(starts: Tensor) -> Tensor:
+    return F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts)).int()
 
 
 def step_values(

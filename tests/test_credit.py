@@ -70,6 +70,18 @@ BY_HAND = {
         lambda: credit.step_contributions(exact([1.0, 3, 5]), LINES, 6, None, REWARDS, CU),
         [4, 0, 0, 6, 0, -4],
     ),
+    "ngram_steps": (
+        lambda: credit.ngram_steps(bounds([5, 0, 2, 1]), 8, size=2).double(),
+        [0, 2, 4, 5, 7, 8],
+    ),
+    "ngram_steps of nothing": (lambda: credit.ngram_steps(bounds([0]), 0, size=2).double(), [0]),
+    # falling in the first two; the third is likelier than what another sequence ended with
+    "perplexity_steps": (
+        lambda: credit.perplexity_steps(
+            exact([-3.0, -2, -2, -4, -1, 0, -9, -8]), bounds([2, 3, 0, 3])
+        ).double(),
+        [0, 2, 3, 5, 6, 8],
+    ),
     "step_values first": (
         lambda: credit.step_values(VALUES, STEPS, how="first"),
         [1, 1, 1, 8, 16, 16],
