@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tiny import (
+    each_rank,
+    finish,
     gradients,
     pair_rows,
     python,
@@ -441,8 +443,7 @@ def ranks() -> None:
 
 @pytest.mark.full
 def test_fsdp2_with_the_head_in_forward():
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", __file__)
-    assert python(*launch).wait(timeout=120) == 0
+    assert finish([python(__file__, env=env) for env in each_rank(2)]) == [0, 0]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 or spread over ranks, resume, and TRL's own losses."""
 
 import json
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 from tiny import (
     assert_same_gradients,
+    each_rank,
+    finish,
     gradients,
     in_float64,
     pair_rows,
@@ -274,15 +275,8 @@ def test_mistakes_of_the_command_line(top, tmp_path, capsys):
 
 def test_two_ranks_change_nothing(tmp_path):
     """9 rows over 2 ranks of 2 rows and 3 micro-batches: one rank has an empty one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(2):
-        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port)
-        env |= dict(MASTER_ADDR="localhost", CUDA_VISIBLE_DEVICES="")
-        started.append(python(__file__, str(tmp_path), env=env))
-    assert [p.wait(timeout=120) for p in started] == [0, 0]
+    started = [python(__file__, str(tmp_path), env=env) for env in each_rank(2)]
+    assert finish(started) == [0, 0]
     found = torch.load(tmp_path / "found.pt")
     for loss_type in ("kto", "bco"):
         losses, wanted = two_steps(loss_type, per_device_train_batch_size=9)

@@ -1,13 +1,12 @@
 """Online runs of tiny models: they learn a task whose optimum is known, repeat, and resume."""
 
 import json
-import socket
 
 import pytest
 import torch
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import command, write_rows
+from tiny import command, each_rank, finish, write_rows
 from torch.testing import assert_close
 
 COMMANDS = [
@@ -110,16 +109,9 @@ def test_two_ranks_are_one(online_model, tmp_path, name):
     argv += ["--reward_funcs", f"{REWARDS}:share_of_w7", "--logging_steps", "1", "--bf16", "false"]
     argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--beta", "0.01"]
     argv += ["--num_iterations", "2", "--output_dir"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    env = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
-    both = [
-        command(*argv, str(tmp_path / "two"), env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
-        for r in range(2)
-    ]
+    both = [command(*argv, str(tmp_path / "two"), env=env) for env in each_rank(2)]
     alone = command(*argv, str(tmp_path / "one"), "--gradient_accumulation_steps", "2")
-    assert [p.wait(timeout=240) for p in (*both, alone)] == [0, 0, 0]
+    assert finish([*both, alone]) == [0, 0, 0]
     found = [
         [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in ("one", "two")

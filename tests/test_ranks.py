@@ -4,8 +4,6 @@ Gloo ranks run tests/ranks_worker.py, FSDP2 and all; one rank runs it here.
 """
 
 import json
-import socket
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +12,8 @@ import torch
 from tiny import (
     HERE,
     assert_same_gradients,
+    each_rank,
+    finish,
     gradients,
     pair_rows,
     python,
@@ -34,16 +34,10 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def launch(world: int, folder) -> list:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     folder.mkdir()
     started = []
-    for rank in range(world):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
-        env = {k: str(v) for k, v in env.items()} | dict(MASTER_ADDR="localhost")
-        env |= dict(CUDA_VISIBLE_DEVICES="")
-        log = (folder / f"{rank}.log").open("w")
+    for env in each_rank(world):
+        log = (folder / f"{env['RANK']}.log").open("w")
         argv = (str(HERE / "ranks_worker.py"), str(folder))
         started.append(python(*argv, env=env, stdout=log, stderr=log))
     return started
@@ -58,16 +52,12 @@ def found(tmp_path_factory):
     processes = [p for world in WORLDS[1:] for p in launch(world, top / str(world))]
     try:
         results = {1: alone(top / "1")}
-        deadline = time.monotonic() + 240
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if any(p.returncode for p in processes):
-                break  # the others wait for it in vain
-            time.sleep(0.1)
+        statuses = finish(processes)
     finally:
         for p in processes:
             p.kill()
     logs = "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in sorted(top.glob("*/*.log")))
-    assert all(p.wait() == 0 for p in processes), logs
+    assert not any(statuses), logs
     for world in WORLDS[1:]:
         results[world] = torch.load(top / str(world) / "found.pt", weights_only=True)
     return SimpleNamespace(results=results, folder=top)

@@ -2,7 +2,6 @@
 transformers loads, and theirs that we load."""
 
 import json
-import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import transformers
 import yaml
 from tiny import (
     assert_same_gradients,
+    each_rank,
+    finish,
     gradients,
     in_float64,
     pair_rows,
@@ -447,15 +448,8 @@ LOSSES_OF_RANKS = ("bradley_terry", "odin", "k_wise", "prm")
 
 def test_two_ranks_change_nothing(tmp_path):
     """9 rows over 2 ranks of 2 rows and 3 micro-batches: one rank has an empty one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(2):
-        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port)
-        env |= dict(MASTER_ADDR="localhost", CUDA_VISIBLE_DEVICES="")
-        started.append(python(__file__, str(tmp_path), env=env))
-    assert [p.wait(timeout=120) for p in started] == [0, 0]
+    started = [python(__file__, str(tmp_path), env=env) for env in each_rank(2)]
+    assert finish(started) == [0, 0]
     found = torch.load(tmp_path / "found.pt")
     for loss_type in LOSSES_OF_RANKS:
         loss, wanted = step_gradient(loss_type, "shared", per_device_train_batch_size=9)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import socket
 import subprocess
 import threading
 import time
@@ -13,7 +12,16 @@ import numpy as np
 import pytest
 import rollout_worker
 import torch
-from tiny import ATTENTION, python, scorer_of, sequence, tiny_model, tiny_tokenizer
+from tiny import (
+    ATTENTION,
+    each_rank,
+    finish,
+    python,
+    scorer_of,
+    sequence,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -295,15 +303,10 @@ def test_an_interruption_does_not_wait_for_the_rest(monkeypatch):
 @pytest.mark.full
 @needs_psutil
 def test_two_ranks_sample_from_their_shards_as_one_does():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    env |= dict(CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
     code = "import conftest, rollout_worker; rollout_worker.main()"
-    processes = [
-        python("-c", code, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)
-    ]
-    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    processes = [python("-c", code, env=env, stdout=subprocess.PIPE) for env in each_rank(2)]
+    assert finish(processes) == [0, 0]
+    outputs = [p.communicate()[0] for p in processes]
     plain = policy(tie=True)
     sampler = make_engine("generate", plain, tiny_tokenizer())
     wanted = [rollout_worker.sampled(sampler, 3)]

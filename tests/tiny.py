@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed import TCPStore
 
 from prefuse.trainer.attention import ATTENTION
 from prefuse.trainer.data import Example, Sequence
@@ -175,3 +177,36 @@ def python(*argv: str, env: dict | None = None, **options) -> subprocess.Popen:
         text=True,
         **options,
     )
+
+
+STORES: list[TCPStore] = []  # open until the tests end, as the ranks that use them may
+
+
+def each_rank(world: int) -> list[dict[str, str]]:
+    """The environment of each of `world` gloo ranks, as torchrun's agent makes it: this process
+    has the store, at a port that was never free for others."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
+    shared = dict(
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    return [shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[int]:
+    """Their exit statuses; where one fails, the others would wait for it in vain."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            if any(p.returncode for p in processes):
+                break
+            time.sleep(0.05)
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.wait() for p in processes]
