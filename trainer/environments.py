@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+
+from prefuse.kernels.credit import at_ends
 
 from .engines.noise import stream
 from .errors import UserError
@@ -36,6 +39,12 @@ def turn_rewards(episodes: Sequence[Episode]) -> tuple[np.ndarray, np.ndarray]:
     lengths = [np.diff(np.concatenate([[0], e.own.cumsum()])[e.ends], prepend=0) for e in episodes]
     cu_turns = np.cumsum(np.concatenate([[0], *lengths])).astype(np.int32)
     return np.concatenate([np.zeros(0), *(e.rewards for e in episodes)]), cu_turns
+
+
+def token_rewards(episode: Episode) -> np.ndarray:
+    """Of its own tokens: a turn's reward at the turn's last; 0 for an environment that failed."""
+    given, cu_turns = (torch.from_numpy(x) for x in turn_rewards([episode]))
+    return at_ends(given.nan_to_num(nan=0.0), cu_turns, int(cu_turns[-1])).numpy()
 
 
 def load_environment(spec: str | Callable[..., Environment]) -> Callable[[], Environment]:

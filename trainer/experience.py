@@ -26,6 +26,7 @@ class Window:
     costs: [S], where there are any.
     wins: [G, K, L], where a preference function told P(y_i beats y'_j): y' of the others, or of the
     group itself where there are none. NaN where it did not know.
+    token_rewards: what of a completion's reward was given to its tokens, [L] of each; weighted.
     columns: numbers of every token of every completion, end to end [M].
     kept: bool [S], the completions that are trained on; all but empty ones at first.
     """
@@ -41,6 +42,7 @@ class Window:
     parts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     costs: Tensor | None = None
     wins: Tensor | None = None
+    token_rewards: list[np.ndarray] | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
@@ -85,6 +87,12 @@ class Window:
         found = [c.episode for c in self.completions if c.episode is not None]
         return found if found and len(found) == len(self.completions) else None
 
+    def paid(self) -> list[np.ndarray]:
+        """token_rewards; zeros where there are none."""
+        if self.token_rewards is not None:
+            return self.token_rewards
+        return [np.zeros(len(c.tokens)) for c in self.completions]
+
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.each]
 
@@ -111,6 +119,7 @@ class Window:
             self.parts[rows],
             None if self.costs is None else self.costs[rows],
             None if self.wins is None else self.wins[chosen],
+            None if self.token_rewards is None else [self.token_rewards[i] for i in rows],
             kept=self.kept[rows],
         )
 
@@ -126,6 +135,7 @@ class Window:
         wins = self.wins
         if wins is not None and more.wins is not None:
             wins = torch.cat([wins, more.wins])
+        dense = self.token_rewards is not None or more.token_rewards is not None
         return Window(
             self.prompts + more.prompts,
             self.completions + more.completions,
@@ -138,6 +148,7 @@ class Window:
             torch.cat([self.parts, more.parts]),
             costs,
             wins,
+            None if not dense else self.paid() + more.paid(),
             kept=np.concatenate([self.kept, more.kept]),
         )
 

@@ -240,6 +240,15 @@ class PPOConfig(PolicyConfig):
     turn_values: bool = flag(
         default=False, help="Values and advantages of turns with an environment, not of tokens."
     )
+    macro_actions: Literal["none", "ngram", "perplexity"] = flag(
+        default="none",
+        help="Values and advantages of several tokens together (MA-RLHF): macro_size of them, or "
+        "those up to one that the reference finds less likely than the one before.",
+    )
+    macro_size: int = flag(default=5, help="Tokens of a macro action, with ngram.")
+    macro_value: Literal["mean", "first", "last", "position"] = flag(
+        default="mean", help="The value of a macro action, from its tokens' values."
+    )
     vf_coef: float = flag(default=0.1, help="Coefficient of the critic's loss.")
     cliprange_value: float = flag(default=0.2, help="How far a value moves before it is clipped.")
     critic_model_name_or_path: str | None = flag(
@@ -260,6 +269,9 @@ class PPOConfig(PolicyConfig):
             require(0 <= value <= 1, name, "a number in [0, 1]", value)
         talks = self.environment is not None or not self.turn_values
         require(talks, "turn_values", "false without --environment", True)
+        alone = self.macro_actions == "none" or not self.turn_values
+        require(alone, "macro_actions", "none with turn_values", self.macro_actions)
+        require(self.macro_size >= 1, "macro_size", "1 or more", self.macro_size)
         require(self.vf_coef >= 0, "vf_coef", "a number from 0", self.vf_coef)
         for name in ("lam_alpha", "critic_lam"):
             value = getattr(self, name)

@@ -59,6 +59,7 @@ def _written(window: Window, i: int) -> dict[str, Any]:
         "episode": episode,
         "reward": float(window.rewards[i]),
         "parts": [None if x != x else x for x in window.parts[i].tolist()],
+        "paid": None if window.token_rewards is None else window.token_rewards[i].tolist(),
     }
 
 
@@ -69,6 +70,10 @@ def _put(window: Window, i: int, stored: dict[str, Any]) -> None:
         given = {k: np.array(v) if k in LISTS else v for k, v in given.items()}
         episode = Episode(**given, logp=np.full(len(given["tokens"]), np.nan, dtype=np.float32))
     unknown = np.full(len(tokens), np.nan, dtype=np.float32)
+    paid = stored["paid"]
+    if paid is not None or window.token_rewards is not None:
+        window.token_rewards = window.paid()
+        window.token_rewards[i] = np.zeros(len(tokens)) if paid is None else np.array(paid)
     window.completions[i] = Completion(tokens, unknown, stored["finished"], episode)
     window.rewards[i] = stored["reward"]
     parts = [float("nan") if x is None else x for x in stored["parts"]]

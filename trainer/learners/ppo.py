@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prefuse.kernels.advantage import ShapedGae, length_adaptive_lam, shaped_gae
-from prefuse.kernels.credit import at_ends, lagrangian
+from prefuse.kernels.credit import (
+    at_ends,
+    lagrangian,
+    ngram_steps,
+    perplexity_steps,
+    step_values,
+)
 from prefuse.kernels.objective import Objective
 from prefuse.kernels.segments import segment_sum
 from prefuse.kernels.value_losses import value_clipped
@@ -21,7 +28,6 @@ from ..model import load_tokenizer
 from ..objectives import Method
 from ..online_config import PPOConfig
 from ..reward_model import load_scores
-from ..rollout import Episode
 from ..scores import Scorer, hidden_states
 from .controls import Controls
 from .learner import Learner
@@ -73,9 +79,10 @@ def load_critic(config: PPOConfig, tokenizer, flag: str = "critic_model_name_or_
 
 
 def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -> Learner:
-    """GAE of rewards at the last token less the KL at every token, whitened over the window.
+    """GAE of rewards less the KL at every token, whitened over the window.
 
-    Of costs too, by a critic of their own: the advantages are mixed by Safe RLHF's multiplier.
+    What a reward gives to tokens is paid there, the rest of it at the last. Of costs too, by a
+    critic of their own: the advantages are mixed by Safe RLHF's multiplier.
     """
     scores = ("old_logp", *(("ref_logp",) if config.beta else ()), "values")
     scores += ("cost_values",) if config.cost_funcs else ()
@@ -83,11 +90,13 @@ def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -
     def batches(window: Window, iteration: int) -> list[list[Example]]:
         if iteration:
             return window.micro_batches()
-        found = _gae(config, window, window.rewards, "values", controls.beta)
+        tokens = torch.from_numpy(np.concatenate([np.zeros(0), *window.paid()]))
+        found = _gae(config, window, window.rewards, tokens, "values", controls.beta)
         window.set("returns", found.returns)
         mixed, statistics = found.advantages, found.statistics
         if window.costs is not None:
-            costs = _gae(config, window, window.costs, "cost_values", -controls.beta)
+            none = torch.zeros_like(tokens)
+            costs = _gae(config, window, window.costs, none, "cost_values", -controls.beta)
             window.set("cost_returns", costs.returns)
             mixed = lagrangian(mixed, costs.advantages, controls.log_multiplier)
             statistics = whitening_statistics(mixed)
@@ -119,38 +128,50 @@ def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -
 
 
 def _gae(
-    config: PPOConfig, window: Window, rewards: Tensor, critic: str, kl_coef: float
+    config: PPOConfig, window: Window, rewards: Tensor, tokens: Tensor, critic: str, kl_coef: float
 ) -> ShapedGae:
-    """Of one stream of rewards, by its critic's values."""
+    """Of one stream of rewards, by its critic's values; tokens: what is given to tokens of it."""
     values, bounds = window.column(critic), window.cu_seqlens
     logps = (window.column("old_logp"), window.column("ref_logp")) if config.beta else ()
-    adaptive, episodes = config.lam_alpha is not None, window.episodes
-    placed = at_ends(rewards.to(values.dtype).nan_to_num(nan=0.0), bounds, len(values))
-    turns = None
-    if episodes is not None and critic == "values":
-        placed, turns = _of_turns(window, rewards, episodes)
-        placed = placed.to(values.dtype)
+    rest = rewards.double() - segment_sum(tokens, bounds)
+    placed = tokens + at_ends(rest.nan_to_num(nan=0.0), bounds, len(values))
+    steps, lam = _steps(config, window), config.lam
+    if config.macro_actions != "none" and steps is not None:
+        values = step_values(values, steps, how=config.macro_value)
+    if config.lam_alpha is not None:
+        first = None if steps is None else _starts(steps, len(values))
+        lam = length_adaptive_lam(bounds, first, alpha=config.lam_alpha)
     return shaped_gae(
-        placed,
+        placed.to(values.dtype),
         values,
         bounds,
         *logps,
-        steps=turns if config.turn_values else None,
+        steps=steps,
         kl_coef=kl_coef,
         gamma=config.gamma,
-        lam=length_adaptive_lam(bounds, alpha=config.lam_alpha or 1.0) if adaptive else config.lam,
+        lam=lam,
         critic_lam=config.critic_lam,
         impl="reference" if values.dtype == torch.float64 else "auto",  # which keeps float64
     )
 
 
-def _of_turns(window: Window, rewards: Tensor, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
-    """Each turn's reward at its last token, what else was given at the end; and the turns."""
-    given, cu_turns = (torch.from_numpy(x) for x in turn_rewards(episodes))
-    given, total = given.nan_to_num(nan=0.0), int(window.cu_seqlens[-1])
-    placed = at_ends(given, cu_turns, total)
-    rest = rewards.double() - segment_sum(placed, window.cu_seqlens)
-    return placed + at_ends(rest.nan_to_num(nan=0.0), window.cu_seqlens, total), cu_turns
+def _steps(config: PPOConfig, window: Window) -> Tensor | None:
+    """What an action is, where it is more than a token: turns, or macro actions inside of them."""
+    episodes, bounds = window.episodes, window.cu_seqlens
+    turns = bounds if episodes is None else torch.from_numpy(turn_rewards(episodes)[1])
+    if config.turn_values:
+        return turns
+    if config.macro_actions == "ngram":
+        return ngram_steps(turns, int(bounds[-1]), size=config.macro_size)
+    if config.macro_actions == "perplexity":
+        return perplexity_steps(window.column("ref_logp" if config.beta else "old_logp"), turns)
+    return None
+
+
+def _starts(steps: Tensor, total: int) -> Tensor:
+    starts = torch.zeros(total, dtype=torch.bool)
+    starts[steps[:-1][steps.diff() > 0].long()] = True
+    return starts
 
 
 def ppo_method(config: PPOConfig, controls: Controls) -> Method:
