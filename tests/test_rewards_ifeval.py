@@ -1,18 +1,17 @@
 """IFEval's instructions: each is followed by one text and not by another."""
 
-import importlib.util
-import os
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import needs
 
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.feedback.ifeval import CHECKS, ifeval
 from prefuse.trainer.rewards import Feedback
+from prefuse.trainer.rows import load_rows
 
 ENGLISH = "this is a short letter about the weather in the north of the country"
-LANGUAGES = importlib.util.find_spec("langdetect") is not None
+needs_langdetect = needs("langdetect", "rewards")
 
 CASES = [
     (
@@ -120,10 +119,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("instruction, arguments, good, bad", CASES)
+def told_by_languages(instruction: str) -> bool:
+    return instruction.startswith(("language", "change_case:english"))
+
+
+@pytest.mark.parametrize(
+    "instruction, arguments, good, bad",
+    [
+        pytest.param(*case, marks=needs_langdetect if told_by_languages(case[0]) else ())
+        for case in CASES
+    ],
+)
 def test_an_instruction_is_followed_or_not(instruction, arguments, good, bad):
-    if instruction.startswith(("language", "change_case:english")) and not LANGUAGES:
-        pytest.skip("langdetect is not installed")
     arguments = {**arguments, "not_its_own": None}  # tables store every argument, most as None
     assert ifeval([good, bad, ""], [[instruction]] * 3, [[arguments]] * 3) == [1.0, 0.0, 0.0]
 
@@ -156,11 +163,9 @@ def test_without_langdetect_languages_do_not_apply(monkeypatch):
     assert ifeval([ENGLISH], *given) == [None]
 
 
-@pytest.mark.skipif("PREFUSE_DATA" not in os.environ, reason="needs PREFUSE_DATA")
-def test_every_instruction_of_the_benchmark_is_known():
-    from prefuse.trainer.rows import load_rows
-
-    rows = load_rows(str(Path(os.environ["PREFUSE_DATA"]) / "verifiable/ifeval_input_data.jsonl"))
+@needs_langdetect
+def test_every_instruction_of_the_benchmark_is_known(data_dir):
+    rows = load_rows(str(data_dir / "verifiable/ifeval_input_data.jsonl"))
     columns = [[row.columns[name] for row in rows] for name in ("instruction_id_list", "kwargs")]
     rewards = ifeval(["A text."] * len(rows), *columns)
     assert len(rewards) == 541 and None not in rewards

@@ -6,11 +6,14 @@ import threading
 import time
 
 import pytest
+from tiny import needs
 
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.feedback import symbolic as symbolic
 from prefuse.trainer.feedback.answers import final_answer, final_number, gold_answer, number, tidy
 from prefuse.trainer.feedback.maths import accuracy, gsm8k, math, same
+
+needs_math_verify = needs("math_verify", "rewards")
 
 
 @pytest.mark.parametrize(
@@ -199,16 +202,19 @@ DIFFERENT = [
 ]
 
 
+@needs_math_verify
 @pytest.mark.parametrize("gold, answer", SAME)
 def test_answers_that_are_the_same(gold, answer):
     assert same(gold, answer) and same(answer, gold)
 
 
+@needs_math_verify
 @pytest.mark.parametrize("gold, answer", DIFFERENT)
 def test_answers_that_differ(gold, answer):
     assert not same(gold, answer)
 
 
+@needs_math_verify
 @pytest.mark.parametrize(
     "gold, answer, right",
     [
@@ -224,6 +230,7 @@ def test_letters_of_choices(gold, answer, right):
     assert same(gold, answer) is right
 
 
+@needs_math_verify
 @pytest.mark.parametrize(
     "solution, gold, right",
     [
@@ -253,7 +260,10 @@ def test_solutions_as_models_write_them(solution, gold, right):
     "file, verify, solution, answer",
     [
         ("gsm8k_train.jsonl", gsm8k, "answer", lambda row: row["answer"].rpartition("#### ")[2]),
-        ("math500.jsonl", accuracy, "solution", lambda row: row["answer"]),
+        pytest.param(
+            *("math500.jsonl", accuracy, "solution", lambda row: row["answer"]),
+            marks=needs_math_verify,
+        ),
     ],
 )
 def test_solutions_of_people(file, verify, solution, answer, data_dir):
@@ -283,6 +293,7 @@ def test_the_answer_of_a_reference(gold, wanted):
     assert gold_answer(gold) == wanted
 
 
+@needs_math_verify
 def test_rows_without_a_reference_do_not_apply():
     assert gsm8k(["2", "#### 4"], ["#### 2", None]) == [1.0, None]
     assert math(["\\boxed{2}", "2"], ["2", None]) == [1.0, None]
@@ -296,6 +307,7 @@ def test_a_verifier_that_is_not_installed_is_named(monkeypatch):
         math(["2"], ["2"])
 
 
+@needs_math_verify
 def test_text_is_never_executed(tmp_path):
     """What sympy's parser would run as Python is refused, as an answer and as a reference."""
     mark = tmp_path / "mark"
@@ -310,6 +322,7 @@ def test_text_is_never_executed(tmp_path):
     assert symbolic.equal("\\sqrt{8}", "2\\sqrt{2}")  # the process still answers
 
 
+@needs_math_verify
 def test_in_threads_and_after_a_hang():
     """math-verify's time-outs are signals, which threads do not get: the process has them."""
     results = []
@@ -366,6 +379,7 @@ def test_long_repetitions_take_linear_time(text):
     assert time.monotonic() - started < 4
 
 
+@needs_math_verify
 @pytest.mark.full
 def test_ten_thousand_random_answers_are_judged():
     texts = list(random_texts(10_000, seed=1))

@@ -1,6 +1,5 @@
 """The engines of transformers: exact samples, the model's own log-probs, whatever the batch."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -16,6 +15,7 @@ from tiny import (
     ATTENTION,
     each_rank,
     finish,
+    needs,
     python,
     scorer_of,
     sequence,
@@ -32,10 +32,7 @@ from prefuse.trainer.engines.noise import choose, gumbel, row_keys, stream
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.rollout import Sampling, make_engine
 
-needs_psutil = pytest.mark.skipif(
-    importlib.util.find_spec("psutil") is None,
-    reason="continuous batching on a CPU needs psutil",
-)
+needs_psutil = needs("psutil", "dev")  # continuous batching does, on a CPU
 ENGINES = (pytest.param("transformers", marks=needs_psutil), "generate")
 EOS = (1,)
 

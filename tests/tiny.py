@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and rows that the system tests make on the fly."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,6 +18,13 @@ from torch.distributed import TCPStore
 from prefuse.trainer.attention import ATTENTION
 from prefuse.trainer.data import Example, Sequence
 from prefuse.trainer.scores import Scorer
+
+
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    """Skips a test where an optional package is not installed."""
+    absent = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(absent, reason=f"needs {package}: pip install 'prefuse[{extra}]'")
+
 
 HERE = Path(__file__).parent
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(42))]
