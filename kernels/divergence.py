@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .divergence_kinds import DIVERGENCES, rule_of, self_certainty, topk_divergence
 from .divergence_pass import STATISTICS, Rule, Side, Tile, gradient, statistics
+from .head_plan import check_head, head_options, needs_gradient, plan
 from .launch import expect, has_values
-from .linear_logp import check_head, head_options, needs_gradient, plan
 from .logp import inverse_of
 from .tiled_head import (
     BACKWARD_TILE,

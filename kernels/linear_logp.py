@@ -22,16 +22,16 @@ backward of a run of tokens follow each other, in three GEMMs and constant memor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import logp as logits_op
-from .launch import choose_impl, expect
+from .head_plan import DEFAULT_BUDGET, check_head, head_options, needs_gradient, plan
+from .launch import expect
 from .tiled_head import (
     Head,
-    Options,
     Rows,
     anchor_logits,
     for_device,
@@ -41,10 +41,9 @@ from .tiled_head import (
     stash_targets,
 )
 from .token_stats import Coefficients, TokenStats, coefficients, finalize
+from .vocab_shard import Tokens, VocabShard, as_shard, whole
 
-__all__ = ["TokenStats", "linear_logp", "linear_token_loss", "plan", "reference"]
-
-DEFAULT_BUDGET = {"cpu": 1 << 30, "cuda": 4 << 30}
+__all__ = ["TokenStats", "VocabShard", "linear_logp", "linear_token_loss", "reference"]
 
 
 def reference(
@@ -73,34 +72,6 @@ def reference(
     )
 
 
-class Plan(NamedTuple):
-    """How `linear_logp` will run: the tokens whose E is kept, and the bytes that takes."""
-
-    stash_rows: int
-    stash_bytes: int
-    gemms: float  # vocabulary GEMMs per token, forward and backward, with nothing frozen
-
-
-def plan(
-    n: int,
-    vocab: int,
-    dtype: torch.dtype,
-    *,
-    mode: str = "auto",
-    budget_bytes: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Plan:
-    """The plan for `n` tokens: "stash" keeps all, "recompute" none, "auto" what fits the budget."""
-    row_bytes = vocab * (4 if dtype == torch.float32 else 2)
-    budget = (
-        for_device(DEFAULT_BUDGET, torch.device(device)) if budget_bytes is None else budget_bytes
-    )
-    rows = {"stash": n, "recompute": 0, "auto": min(n, budget // row_bytes)}
-    expect(mode in rows, "mode", "'auto', 'stash' or 'recompute'", repr(mode))
-    kept = rows[mode]
-    return Plan(kept, kept * row_bytes, 4 - kept / n if n else 3)
-
-
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,7 +89,7 @@ class _LinearLogp(torch.autograd.Function):
                 sums.append(head_forward(head, rows))
                 stash_targets(head, rows, sums[-1])
             sums = torch.cat(sums, 1)
-            stats = finalize(sums, everything.anchor, inverse_temperature, len(weight), outputs)
+            stats = finalize(sums, everything.anchor, inverse_temperature, head.vocab, outputs)
         ctx.save_for_backward(
             hidden, weight, bias, targets, inverse_temperature, everything.anchor, sums
         )
@@ -131,7 +102,7 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy, grad_lse, *_):
         hidden, weight, bias, targets, inverse_temperature, anchor, sums = ctx.saved_tensors
         head = Head(weight, bias, ctx.options)
-        everything = Rows(hidden.to(head.options.dtype), targets, anchor, inverse_temperature, None)
+        everything = _anchored(head, hidden, targets, anchor, inverse_temperature)
         c = coefficients(sums, grad_logp, grad_entropy, grad_lse)
         live = _live(grad_logp, grad_entropy, grad_lse)
         runs, indices = [], []
@@ -151,6 +122,7 @@ class _LinearLogp(torch.autograd.Function):
         head_backward(head, runs, plain, d_hidden if need_hidden else None, d_weight, d_bias)
         if not need_hidden:
             return None, d_weight, d_bias, *[None] * 5
+        _sum_over_ranks(head, d_hidden)
         out = torch.zeros_like(hidden)
         for index, values in zip(indices, d_hidden, strict=True):
             out[index] = values.to(hidden.dtype)
@@ -179,7 +151,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                     rows = rows._replace(kept=_new_stash(head, hidden, len(rows.targets)))
                 sums = head_forward(head, rows)
                 stash_targets(head, rows, sums)
-                stats = finalize(sums, rows.anchor, rows.inverse_temperature, len(weight), outputs)
+                stats = finalize(sums, rows.anchor, rows.inverse_temperature, head.vocab, outputs)
                 loss, grads = _loss_and_gradients(token_loss, stats, [x[run] for x in extras])
                 losses.append(loss)
                 all_stats.append(stats)
@@ -192,6 +164,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                     None if d_hidden is None else [run_hidden], d_weight, d_bias, accumulate=True,
                 )  # fmt: skip
                 if d_hidden is not None:
+                    _sum_over_ranks(head, [run_hidden])
                     d_hidden[alive + run.start] = run_hidden.to(hidden.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -229,7 +202,23 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 def _rows(head: Head, hidden: Tensor, targets: Tensor, inverse_temperature: Tensor) -> Rows:
     x = hidden.to(head.options.dtype)
-    return Rows(x, targets, anchor_logits(head, x, targets), inverse_temperature, None)
+    return _anchored(head, x, targets, anchor_logits(head, x, targets), inverse_temperature)
+
+
+def _anchored(
+    head: Head, hidden: Tensor, targets: Tensor, anchor: Tensor, inverse_temperature: Tensor
+) -> Rows:
+    if head.options.shard is not None:
+        targets = targets - head.options.shard.start
+    return Rows(hidden.to(head.options.dtype), targets, anchor, inverse_temperature, None)
+
+
+def _sum_over_ranks(head: Head, d_hidden: list[Tensor]) -> None:
+    """Every rank has what its part of the vocabulary says of the hidden states."""
+    shard = head.options.shard
+    if shard is not None and not shard.partial:
+        for part in d_hidden:
+            shard.summed(part)
 
 
 def _new_stash(head: Head, hidden: Tensor, n: int) -> Tensor:
@@ -281,6 +270,7 @@ def linear_logp(
     mode: str = "auto",
     budget_bytes: int | None = None,
     impl: str = "auto",
+    group=None,
 ) -> TokenStats:
     """log softmax(head(hidden)) at the targets, and what else is asked for, without the logits.
 
@@ -298,6 +288,11 @@ def linear_logp(
             tokens as fit `budget_bytes`; `plan` tells beforehand what will be done.
         budget_bytes: for "auto"; 4 GiB on a GPU and 1 GiB on a CPU unless given.
         impl: "auto", "reference", "torch", "cpu" or "triton".
+        group: a process group over whose ranks the vocabulary is split: `weight` and `bias` are
+            this rank's entries, in the order of ranks, and get the gradients of these. The ranks
+            give the same tokens and upstream gradients; with a VocabShard, which knows where the
+            entries begin, each may give tokens of its own. Where they begin in a group alone is
+            asked at every call, which waits on a GPU.
 
     Returns:
         TokenStats, float32 [N] each, in nats; None where not asked for. logp, entropy and lse carry
@@ -307,21 +302,31 @@ def linear_logp(
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
     """
     check_head(hidden, weight, bias)
-    inverse_temperature = logits_op.check_common(
-        targets, temperature, outputs, hidden, weight.shape[0]
-    )
-    options = head_options(hidden, logit_scale, softcap, impl)
-    if options.impl == "reference":
-        return reference(
-            hidden,
+    shard = None if group is None else as_shard(group, weight)
+    vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
+    inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
+    options = head_options(hidden, logit_scale, softcap, impl, shard)
+    form: dict[str, Any] = dict(softcap=softcap, logit_scale=logit_scale, outputs=outputs)
+    if shard is not None and shard.own_tokens:
+        tokens = Tokens.of(shard, targets)
+        shared = shard._replace(own_tokens=False, partial=options.impl != "reference")
+        stats = linear_logp(
+            tokens.gather(hidden, shared.partial),
             weight,
-            targets,
+            tokens.all(targets),
             bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
+            temperature=tokens.all_of(temperature),
+            mode=mode,
+            budget_bytes=budget_bytes,
+            impl=impl,
+            group=shared,
+            **form,
         )
+        return tokens.mine(stats)
+    if options.impl == "reference":
+        if shard is not None:
+            weight, bias = whole(weight, shard), None if bias is None else whole(bias, shard)
+        return reference(hidden, weight, targets, bias, temperature=temperature, **form)
     capped_entropy = softcap is not None and "entropy" in outputs
     if capped_entropy:  # E carries the softcap's slope, so its logarithm is not d
         remedy = "Pass mode='auto' or 'recompute'"
@@ -329,10 +334,8 @@ def linear_logp(
         mode = "recompute"
     stash_rows = 0
     if needs_gradient(hidden, weight, bias):
-        n, vocab = hidden.shape[0], weight.shape[0]
-        stash_rows = plan(
-            n, vocab, options.dtype, mode=mode, budget_bytes=budget_bytes, device=hidden.device
-        ).stash_rows
+        given: dict[str, Any] = dict(mode=mode, budget_bytes=budget_bytes, device=hidden.device)
+        stash_rows = plan(len(hidden), most, options.dtype, **given).stash_rows
     return TokenStats(
         *_LinearLogp.apply(
             hidden, weight, bias, targets, inverse_temperature, options, tuple(outputs), stash_rows
@@ -353,12 +356,13 @@ def linear_token_loss(
     outputs: tuple[str, ...] = ("logp",),
     budget_bytes: int | None = None,
     impl: str = "auto",
+    group=None,
 ) -> tuple[Tensor, TokenStats]:
     """A loss of each token's own statistics, its gradients made in the forward pass.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, outputs, impl: as in
-            `linear_logp`.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, outputs, impl, group: as
+            in `linear_logp`.
         token_loss: `token_loss(stats, *extras) -> [n]`, pure and token-local: token i's loss reads
             row i alone. It is called on runs of tokens.
         extras: tensors [N, ...] sliced along with the tokens (advantages, old log-probs, weights);
@@ -374,28 +378,40 @@ def linear_token_loss(
         RuntimeError: in backward, if tokens have different upstream gradients.
     """
     check_head(hidden, weight, bias)
-    inverse_temperature = logits_op.check_common(
-        targets, temperature, outputs, hidden, weight.shape[0]
-    )
+    shard = None if group is None else as_shard(group, weight)
+    vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
+    inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
     for index, extra in enumerate(extras):
         expect(len(extra) == len(targets), f"extras[{index}]", f"{len(targets)} rows", len(extra))
         expect(not extra.requires_grad, f"extras[{index}]", "no gradient", "requires_grad=True")
-    options = head_options(hidden, logit_scale, softcap, impl)
-    if options.impl == "reference":
-        stats = reference(
-            hidden,
+    options = head_options(hidden, logit_scale, softcap, impl, shard)
+    form: dict[str, Any] = dict(softcap=softcap, logit_scale=logit_scale, outputs=outputs)
+    if shard is not None and shard.own_tokens:
+        tokens = Tokens.of(shard, targets)
+        shared = shard._replace(own_tokens=False, partial=options.impl != "reference")
+        loss, stats = linear_token_loss(
+            tokens.gather(hidden, shared.partial),
             weight,
-            targets,
-            bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
+            tokens.all(targets),
+            token_loss,
+            *(tokens.all(extra) for extra in extras),
+            bias=bias,
+            temperature=tokens.all_of(temperature),
+            budget_bytes=budget_bytes,
+            impl=impl,
+            group=shared,
+            **form,
         )
+        own = tokens.mine(stats._replace(logp=loss))
+        return own.logp, own._replace(logp=stats.logp[tokens.place])
+    if options.impl == "reference":
+        if shard is not None:
+            weight, bias = whole(weight, shard), None if bias is None else whole(bias, shard)
+        stats = reference(hidden, weight, targets, bias, temperature=temperature, **form)
         return token_loss(stats, *extras), stats.detach()
     run_rows = 0
     if needs_gradient(hidden, weight, bias):
-        mode = plan(1, weight.shape[0], options.dtype, mode="stash")
+        mode = plan(1, most, options.dtype, mode="stash")
         budget = budget_bytes or for_device(DEFAULT_BUDGET, hidden.device)
         run_rows = max(1, budget // mode.stash_bytes)
     loss, *stats = _LinearTokenLoss.apply(
@@ -403,36 +419,3 @@ def linear_token_loss(
         run_rows, *extras,
     )  # fmt: skip
     return loss, TokenStats(*stats)
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """The shapes and devices of a head; `prefix` goes before the names in the message."""
-    shape, remedy = tuple(hidden.shape), "Flatten the batch"
-    expect(hidden.dim() == 2, f"{prefix}hidden", "shape [N, H]", shape, remedy)
-    vocab_first = weight.dim() == 2 and weight.shape[1] == hidden.shape[1]
-    expect(vocab_first, f"{prefix}weight", f"shape [V, {hidden.shape[1]}]", tuple(weight.shape))
-    expect(weight.is_floating_point(), f"{prefix}weight", "a floating-point dtype", weight.dtype)
-    on_device = weight.device == hidden.device
-    expect(on_device, f"{prefix}weight", f"device {hidden.device}", weight.device)
-    if bias is not None:
-        expect(
-            bias.shape == weight.shape[:1], f"{prefix}bias", f"[{len(weight)}]", tuple(bias.shape)
-        )
-
-
-def head_options(hidden: Tensor, logit_scale: float, softcap: float | None, impl: str) -> Options:
-    if hidden.dtype == torch.float64 and impl == "auto":
-        impl = "reference"
-    impl = choose_impl(impl, hidden.device, ("triton", "cpu", "torch"))
-    device = hidden.device.type
-    if device == "cpu":
-        dtype = torch.float32  # faster there than 16-bit GEMMs, and exact
-    else:
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-    return Options(logit_scale, softcap, impl, dtype)

@@ -57,7 +57,7 @@ class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, inverse_temperature, softcap, outputs, inplace, impl):
         raw_target = logits.gather(1, targets[:, None]).squeeze(1)
-        anchor = target_anchor(raw_target, None, 1.0, softcap)
+        anchor = target_anchor(raw_target, 1.0, softcap)
         block = Logits(logits, targets, anchor, inverse_temperature, softcap=softcap)
         sums = merge(fold_forward(impl, block))
         stats = finalize(sums, anchor, inverse_temperature, logits.shape[1], outputs)

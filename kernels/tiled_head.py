@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
-from .token_stats import Coefficients, merge, target_anchor
+from .token_stats import PARTS, Coefficients, merge, target_anchor
+from .vocab_shard import VocabShard
 
 FORWARD_TILE = {"cpu": 2 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
 BACKWARD_TILE = {"cpu": 16 << 20, "cuda": 512 << 20}  # larger: d hidden is summed over tiles
@@ -27,6 +28,7 @@ class Options(NamedTuple):
     softcap: float | None
     impl: str
     dtype: torch.dtype  # of the GEMM operands
+    shard: VocabShard | None = None  # of the vocabulary: which part weight and bias are
 
 
 class Head(NamedTuple):
@@ -34,9 +36,16 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     options: Options
 
+    @property
+    def vocab(self) -> int:
+        """Entries of all ranks."""
+        shard = self.options.shard
+        return len(self.weight) if shard is None else shard.total
+
 
 class Rows(NamedTuple):
-    """The tokens at hand. `kept` is their stashed E, or None."""
+    """The tokens at hand. `kept` is their stashed E, or None. Targets count from the shard's start,
+    if there is one."""
 
     hidden: Tensor  # [n, H] in the GEMM dtype
     targets: Tensor
@@ -101,13 +110,26 @@ def _block(head: Head, rows: Rows, columns: slice, out: Tensor) -> Logits:
 
 def anchor_logits(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """The target's logit per token, by a gathered dot product in float32."""
-    logit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(targets), 4096):  # bounds the gathered weight rows
+    logit = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+    entries, inside = _held(head, targets)
+    for start in range(0, len(targets) if len(head.weight) else 0, 4096):  # bounds gathered rows
         rows = slice(start, start + 4096)
-        weight = head.weight[targets[rows]].to(head.options.dtype).float()
+        weight = head.weight[entries[rows]].to(head.options.dtype).float()
         torch.sum(hidden[rows].float() * weight, -1, out=logit[rows])
-    bias = None if head.bias is None else head.bias[targets]
-    return target_anchor(logit, bias, head.options.logit_scale, head.options.softcap)
+    if head.bias is not None and len(head.bias):
+        logit += head.bias[entries].float()
+    if head.options.shard is not None:
+        logit = head.options.shard.summed(torch.where(inside, logit, 0.0))
+    return target_anchor(logit, head.options.logit_scale, head.options.softcap)
+
+
+def _held(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the targets stand in this rank's weight, and which of them do."""
+    if head.options.shard is None:
+        return targets, torch.ones_like(targets, dtype=torch.bool)
+    entries = targets - head.options.shard.start
+    inside = (entries >= 0) & (entries < len(head.weight))
+    return entries.clamp(0, max(len(head.weight) - 1, 0)), inside
 
 
 def head_forward(head: Head, rows: Rows) -> Tensor:
@@ -125,7 +147,11 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
         parts.append(fold_forward(head.options.impl, block, store))
         if store is None and len(parts) == 16:  # only E, once stored, needs the parts apart
             parts = [merge(torch.cat(parts))[None]]
-    parts = torch.cat(parts)
+    parts = torch.cat(parts) if parts else rows.anchor.new_zeros((1, len(PARTS), n))
+    sums = merge(parts)
+    if head.options.shard is not None:
+        sums, others = head.options.shard.merged(sums)
+        parts = torch.cat([parts, others])  # their columns are not here, but their shifts count
     if rows.kept is not None:
         reanchor(
             head.options.impl,
@@ -133,7 +159,7 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
             parts,
             min(width, FOLD_BLOCK) if head.options.impl == "triton" else width,
         )
-    return merge(parts)
+    return sums
 
 
 def _gradient_tile(
@@ -253,9 +279,13 @@ class RunningSum:
 
 def stash_targets(head: Head, rows: Rows, sums: Tensor) -> None:
     """Puts -S at the target of the kept E, which makes it d logp / d logits up to a row factor."""
-    if rows.kept is not None:
-        values = -sums[0] * _target_slope(head, rows)
-        rows.kept.scatter_(1, rows.targets[:, None], values.to(rows.kept.dtype)[:, None])
+    if rows.kept is None:
+        return
+    values = (-sums[0] * _target_slope(head, rows)).to(rows.kept.dtype)
+    if head.options.shard is None:
+        rows.kept.scatter_(1, rows.targets[:, None], values[:, None])
+    elif len(head.weight):
+        _at_target(rows.kept, rows.targets, values)
 
 
 def run_slices(n: int, stash_rows: int, longest: int = 0) -> list[slice]:

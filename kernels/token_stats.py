@@ -67,10 +67,9 @@ class Coefficients(NamedTuple):
         return Coefficients(*(x[rows] for x in self))
 
 
-def target_anchor(raw_target: Tensor, bias_target: Tensor | None, scale: float, cap: float | None):
-    """The softcapped logit of the target from its raw logit, float32 [n]."""
-    z = raw_target.float() if bias_target is None else raw_target.float() + bias_target.float()
-    z = z * scale
+def target_anchor(raw_target: Tensor, scale: float, cap: float | None) -> Tensor:
+    """The softcapped logit of the target from its raw logit with the bias, float32 [n]."""
+    z = raw_target.float() * scale
     return z if cap is None else cap * torch.tanh(z / cap)
 
 

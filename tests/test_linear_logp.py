@@ -10,8 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from prefuse.kernels import tiled_head
+from prefuse.kernels.head_plan import plan
 from prefuse.kernels.launch import HAS_TRITON, INTERPRETED
-from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, plan, reference
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, reference
 from prefuse.kernels.token_stats import OUTPUTS
 
 ON_GPU = torch.cuda.is_available()

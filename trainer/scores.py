@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, plan
+from prefuse.kernels.head_plan import plan
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
 
 from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence

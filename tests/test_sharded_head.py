@@ -1,0 +1,26 @@
+"""A head whose vocabulary is split over gloo ranks is the whole head: values and gradients."""
+
+import pytest
+import torch
+from tiny import HERE, python
+
+from prefuse.kernels.linear_logp import VocabShard, linear_logp
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_are_the_whole(world, tmp_path):
+    """Odd vocabularies, empty shards, ranks without tokens; against float64 on one process."""
+    logs = [tmp_path / f"{rank}.log" for rank in range(world)]
+    started = []
+    for rank, log in enumerate(logs):
+        argv = [str(HERE / "sharded_head_worker.py"), str(rank), str(world), str(tmp_path / "met")]
+        with log.open("w") as file:
+            started.append(python(*argv, env={}, stdout=file, stderr=file))
+    codes = [process.wait(timeout=240) for process in started]
+    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def test_a_shard_outside_the_vocabulary_is_told():
+    shard = VocabShard(None, 6, 9)
+    with pytest.raises(ValueError, match="group: wanted 4 entries from start 6 within 9"):
+        linear_logp(torch.zeros(1, 3), torch.zeros(4, 3), torch.zeros(1).long(), group=shard)
