@@ -6,7 +6,7 @@ import pytest
 import torch
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import command, each_rank, finish, write_rows
+from tiny import command, each_rank, finish, needs, write_rows
 from torch.testing import assert_close
 
 COMMANDS = [
@@ -61,6 +61,23 @@ def test_resume_is_straight_through(online_run, tmp_path, command):
         assert [x.get(name) for x in resumed] == [x.get(name) for x in straight]
     wanted, got = (load_file(tmp_path / n / "model.safetensors") for n in ("straight", "broken"))
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@needs("psutil", "dev")
+@pytest.mark.parametrize("command", ["grpo", pytest.param("online-dpo", marks=FULL)])
+def test_the_engines_sample_alike(online_run, tmp_path, command):
+    """Continuous batching, by name, and the engine that a run has on a CPU; XPO's has two."""
+    options = ["--per_device_train_batch_size", "16", "--learning_rate", "1e-2", "--max_steps", "3"]
+    options += ["--loss_type", "xpo"] if command == "online-dpo" else []
+    lines = [
+        online_run(command, name, *options, *more)
+        for name, more in (("auto", ()), ("continuous", ("--engine", "transformers")))
+    ]
+    written = [(tmp_path / n / "samples.jsonl").read_text() for n in ("auto", "continuous")]
+    assert written[0] == written[1]
+    for one, other in zip(*lines, strict=True):
+        assert_close(other["loss"], one["loss"], rtol=1e-4, atol=1e-6)
+        assert other["sampling/logp_difference"] < 1e-5
 
 
 def test_samples_are_written(online_run, tmp_path):

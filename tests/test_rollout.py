@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefuse.trainer.batch import pack
 from prefuse.trainer.data import Example
 from prefuse.trainer.engines import continuous
+from prefuse.trainer.engines.generate import GenerateEngine
 from prefuse.trainer.engines.noise import choose, gumbel, row_keys, stream
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.rollout import Sampling, make_engine
+from prefuse.trainer.rollout import Sampling, engine_for, make_engine
 
 needs_psutil = needs("psutil", "dev")  # continuous batching does, on a CPU
 ENGINES = (pytest.param("transformers", marks=needs_psutil), "generate")
@@ -297,6 +298,18 @@ def test_an_interruption_does_not_wait_for_the_rest(monkeypatch):
     assert time.monotonic() - started < 10 and threading.active_count() == threads
 
 
+def test_the_engine_by_default():
+    """On a GPU continuous batching, which cannot mix; else generate."""
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    assert [engine_for(cuda), engine_for(cuda, mixed=True), engine_for(cpu)] == [
+        "transformers",
+        "generate",
+        "generate",
+    ]
+    for more in ({}, {"mixture": (policy(seed=5), 0.5)}):
+        assert isinstance(make_engine("auto", policy(), tiny_tokenizer(), **more), GenerateEngine)
+
+
 @pytest.mark.full
 @needs_psutil
 def test_two_ranks_sample_from_their_shards_as_one_does():
@@ -368,7 +381,7 @@ def test_sliding_windows_are_sampled_alike(family):
 @pytest.mark.parametrize(
     "name, options, more, message",
     [
-        ("sglang", {}, {}, "wanted one of transformers, generate, vllm, openai; got sglang"),
+        ("sglang", {}, {}, "wanted one of auto, transformers, generate, vllm, openai; got sglang"),
         ("transformers", {"mixture": (None, 0.5)}, {}, "cannot sample from a mixture"),
         ("generate", {}, {"prompts": [3, 120]}, "prompt 1: its 120 tokens and 24 new ones"),
         ("transformers", {}, {"prompts": [120]}, "prompt 0: its 120 .* context of 128"),

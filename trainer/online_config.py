@@ -53,8 +53,10 @@ class OnlineConfig(ReferenceConfig):
     top_p: float = flag(default=1.0, help="Sample from the smallest set with this probability.")
     top_k: int = flag(default=0, help="Sample from so many tokens; 0 for all.")
     min_p: float = flag(default=0.0, help="Sample from tokens this likely beside the likeliest.")
-    engine: Literal["transformers", "generate", "vllm", "openai"] = flag(
-        default="transformers", help="What samples: continuous batching, or one of the others."
+    engine: Literal["auto", "transformers", "generate", "vllm", "openai"] = flag(
+        default="auto",
+        help="What samples. auto: transformers, which is continuous batching, on a GPU; generate "
+        "on a CPU, to the same samples.",
     )
 
     environment: str | None = flag(
@@ -211,7 +213,9 @@ class NashMDConfig(PolicyConfig):
     beta: float = flag(default=0.1, help="Coefficient of the KL to the reference model.")
     kl_in_reward: bool = flag(default=True, help="The KL is always in the reward of Nash-MD.")
     mixture_coef: float = flag(default=0.5, help="The reference's share in the mixture.")
-    engine: Literal["generate"] = flag(default="generate", help="It mixes two models.")
+    engine: Literal["auto", "generate"] = flag(
+        default="auto", help="What samples from the policy; from the mixture, always generate."
+    )
 
     def __post_init__(self):
         super().__post_init__()
