@@ -1,6 +1,9 @@
 """Rewards of the online tests, in TRL's form."""
 
+import re
 import time
+
+from prefuse.trainer.rewards import Spans
 
 
 def share_of_w7(prompts, completions, completion_ids, **columns):
@@ -40,3 +43,14 @@ def fails_on_w2(prompts, completions, completion_ids, **columns):
 
 def raises(prompts, **columns):
     raise RuntimeError("no reward today")
+
+
+def w7_of_tokens(prompts, completions, completion_ids, **columns):
+    """share_of_w7 where it is earned."""
+    return [[(token == 13) / 6 for token in ids] for ids in completion_ids]
+
+
+def w7_of_text(prompts, completions, **columns):
+    """The same by the text alone, in which a word is two or three characters long."""
+    words = [re.finditer(r"\bw7\b", completion) for completion in completions]
+    return [Spans([(word.end(), 1 / 6) for word in found]) for found in words]

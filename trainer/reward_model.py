@@ -186,12 +186,9 @@ class RewardModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = torch.float32,
     ):
-        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if not isinstance(dtype, torch.dtype):
-            raise UserError(f"{path}: dtype: wanted float32, bfloat16 or float16; got {dtype}")
+        self.device, dtype = placed_on(path, device, dtype)
         self.tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
         self.batch_size, self.separator = batch_size, step_separator
-        self.device = _chosen(device)
         options: dict[str, Any] = dict(
             num_labels=None, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id
         )
@@ -246,11 +243,16 @@ class RewardModel:
         return found
 
 
-def _chosen(device: str | torch.device | None) -> torch.device:
+def placed_on(
+    path: str, device: str | torch.device | None, dtype: torch.dtype | str
+) -> tuple[torch.device, torch.dtype]:
     """The GPU of this rank unless told otherwise; by number, as each thread has a current one."""
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{path}: dtype: wanted float32, bfloat16 or float16; got {dtype}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen
+    return chosen, dtype

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from ..loss_flags import nearest
 from ..reward_model import RewardModel
+from .credit import CREDITS
 from .ifeval import ifeval
 from .judge import judge
 from .maths import accuracy, gsm8k, math
@@ -186,13 +187,19 @@ def _from_file(spec: str) -> Callable:
 
 
 def _saved_model(path: str, options: dict[str, Any]) -> Reward:
-    """A reward model by its folder; the options are those of RewardModel."""
-    known = list(inspect.signature(RewardModel).parameters)[2:]  # path and tokenizer are given
-    for option in options:
+    """A reward model by its folder; the options are those of RewardModel, or of its `credit`."""
+    given = dict(options)
+    credit = given.pop("credit", None)
+    if credit is not None and credit not in list(CREDITS):
+        wanted = " or ".join(CREDITS)
+        raise UserError(f"{path}: credit: wanted {wanted}; got {credit!r}")
+    make = RewardModel if credit is None else CREDITS[credit]
+    known = [*list(inspect.signature(make).parameters)[2:], "credit"]  # without path, tokenizer
+    for option in given:
         if option not in known:
             raise UserError(f"{path}: no such option {option!r}{nearest(option, known)}")
     folder = Path(path).resolve()
-    reward = describe(RewardModel(path, **options), folder.name, {})
+    reward = describe(make(path, **given), folder.name, {})
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
     version = hashlib.sha256(f"{folder}\n{files}\n{options!r}".encode()).hexdigest()[:16]
     return replace(reward, version=version)
