@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_model, write_model, write_rows
+from transformers import LlamaForSequenceClassification
 
 from prefuse.trainer.cli import main
 
@@ -18,6 +20,18 @@ LEARN += ["--lr_scheduler_type", "constant", "--max_steps"]
 @pytest.fixture(scope="session")
 def online_model(tmp_path_factory) -> str:
     return write_model(tmp_path_factory.mktemp("model"), tiny_model(seed=3))
+
+
+@pytest.fixture(scope="session")
+def online_judge(tmp_path_factory) -> str:
+    """A saved reward model, or a process model."""
+    shape = tiny_model(pad_token_id=0).config
+    shape.num_labels = 1
+    torch.manual_seed(5)
+    judge = LlamaForSequenceClassification(shape)
+    for p in judge.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return write_model(tmp_path_factory.mktemp("judge"), judge)
 
 
 @pytest.fixture

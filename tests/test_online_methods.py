@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from online_runs import FULL, LEARN, online_config
+from online_runs import FULL, LEARN, REWARDS, online_config
 from safetensors.torch import load_file
 from tiny import scorer_of, tiny_model
 from torch.testing import assert_close
@@ -359,14 +359,20 @@ def test_turns_are_learnt(online_run, command, steps, more):
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ONLINE = sorted(p.stem for p in RECIPES.glob("*.yaml") if "REWARD" in p.read_text())
-QUICK = ("dapo", "safe_rlhf", "egpo", "rest")
+QUICK = ("dapo", "safe_rlhf", "egpo", "rest", "abc", "prm_code")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else FULL) for n in ONLINE]
 )
-def test_recipes_run(online_train, name):
-    """Two updates, of batches cut down to a group or two."""
-    more = ["--cost_funcs", COST] if name == "safe_rlhf" else []
-    lines = online_train(RECIPES / f"{name}.yaml", *more)
+def test_recipes_run(online_train, online_judge, name):
+    """Two updates, of batches cut down to a group or two; rewards are more than `even`."""
+    steps, dense = f"{online_judge}?credit=steps", f"{REWARDS}:w7_of_text"
+    more = {
+        "safe_rlhf": ["--cost_funcs", COST],
+        "abc": ["--reward_funcs", f"{online_judge}?credit=attention&beta=0.8"],
+        "fine_grained": ["--reward_funcs", dense, steps, "--reward_weights", "1", "0.5", "0.3"],
+        "prm_code": ["--reward_funcs", steps, "--critic_model_name_or_path", online_judge],
+    }
+    lines = online_train(RECIPES / f"{name}.yaml", *more.get(name, ()))
     assert max(x["grad_norm"] for x in lines) > 0
