@@ -66,7 +66,7 @@ def test_rejection_sampling_turns_samples_into_those_of_the_optimum():
 
 def test_win_rates_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 3.0]], dtype=torch.float64)
-    found = win_rates(rewards.flatten(), torch.tensor([0, 4], dtype=torch.int32), "larger")
+    found = win_rates(beats(rewards, rewards, "larger"), among_themselves=True)
     assert_close(found, torch.tensor([2, 0.5, 0.5, 3], dtype=torch.float64) / 3)
     for how in ("larger", "bradley_terry", "difference"):
         wins = beats(rewards / 4, rewards / 4, how)
@@ -75,7 +75,10 @@ def test_win_rates_by_hand():
     assert_close(float(beats(rewards / 4, rewards / 4, "difference")[0, 3, 0]), 0.75)
 
 
-def test_a_missing_reward_leaves_its_group_without_win_rates():
-    rewards = torch.tensor([1.0, NAN, 0.0, 1.0], dtype=torch.float64)
-    found = win_rates(rewards, torch.tensor([0, 2, 4], dtype=torch.int32), "larger")
-    assert found[:2].isnan().all() and found[2:].tolist() == [0.0, 1.0]
+def test_win_rates_are_of_the_known_comparisons():
+    rewards = torch.tensor([[1.0, NAN, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    wins = beats(rewards, rewards, "larger")
+    wins[1, 0, 1], wins[1, 1, 0] = NAN, NAN
+    found = win_rates(wins, among_themselves=True)
+    wanted = torch.tensor([1.0, NAN, 0.0, 0.0, 0.5, 0.75], dtype=torch.float64)
+    assert_close(found, wanted, equal_nan=True)

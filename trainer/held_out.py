@@ -37,8 +37,7 @@ class HeldOut:
         groups = self.source._replace(count=each).sample(self.prompts, seeds)
         self.policy.train()
         completions = [completion for group in groups for completion in group]
-        if completions:
-            self.judge.judge(Window(self.prompts, completions, each, each), step)
+        self.judge.judge(Window(self.prompts, completions, each, each), step)
         values = self.judge.meter.read()
         self.judge.meter.clear()
         names = ("reward", "cost", "completions/")

@@ -76,11 +76,12 @@ def run_online(config: OnlineConfig, name: str) -> None:
     between = Extragradient(models.policy, optimizer) if ahead else None
     sampler = Sampler(config, prompts, sampled_from, ranks, between)
     meter = Meter(ranks)
-    judge = Judge(config, tokenizer, asked, ranks, report, meter)
+    judge = Judge(config, tokenizer, asked, ranks, report, meter, models.policy)
     schedule = OnlineSchedule(config, sampler, judge, learner, models, controls, ranks)
     evaluation = None
     if held_out:
-        own = Judge(config, tokenizer, asked, ranks, report, Meter(ranks), "eval_samples.jsonl")
+        given = asked._replace(preference=None), ranks, report, Meter(ranks), models.policy
+        own = Judge(config, tokenizer, *given, "eval_samples.jsonl")
         evaluation = HeldOut(config, held_out, sampled_from.own[0], own, models.policy, ranks)
     run = (config, learner.method, models.trained, optimizer, schedule, evaluation)
     try:

@@ -28,6 +28,9 @@ class OnlineConfig(ReferenceConfig):
         default="stop", help="What a reward that raises, hangs or is no number leads to."
     )
     reward_timeout: float = flag(default=60.0, help="Seconds for a call of a reward.")
+    reward_cache: str | None = flag(
+        default=None, help="Remember rewards in this sqlite file, or in one in this folder."
+    )
     reward_combination: Literal["sum", "normalized_sum", "min"] = flag(
         default="sum", help="Of several rewards: of their values, of their z-scores, the least."
     )
@@ -38,6 +41,11 @@ class OnlineConfig(ReferenceConfig):
         default="larger",
         help="How likely a completion beats another, from two rewards: 1 for the larger; the "
         "sigmoid of their difference; 1/2 and half their difference, for rewards in [0, 1].",
+    )
+    preference_func: str | None = flag(
+        default=None,
+        help="What says how likely a completion beats another, in place of two rewards: judge, "
+        "package.module.name, file.py:function or a reward model's folder.",
     )
     win_rates: bool = flag(
         default=False, help="Learn from win rates among a prompt's completions, not from rewards."
@@ -85,8 +93,8 @@ class OnlineConfig(ReferenceConfig):
         size = self.max_tokens_per_micro_batch
         require(size is None, "max_tokens_per_micro_batch", "a command on given rows", size)
         wanted = "a reward: a built-in name, package.module.function or file.py:function"
-        judged = bool(self.reward_funcs) or self.environment is not None
-        require(judged, "reward_funcs", wanted, "none, and no --environment")
+        judged = [*self.reward_funcs, *filter(None, (self.environment, self.preference_func))]
+        require(bool(judged), "reward_funcs", wanted, "none, no --preference_func or --environment")
         require(self.max_turns >= 1, "max_turns", "1 or more", self.max_turns)
         require(self.num_mini_batches >= 1, "num_mini_batches", "1 or more", self.num_mini_batches)
         require(self.temperature > 0, "temperature", "a positive number", self.temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefuse.kernels.group_advantage import spo
+from .experience import Window
 
 PREFERENCES = ("larger", "bradley_terry", "difference")
 
@@ -23,9 +23,37 @@ def beats(rewards: Tensor, others: Tensor, how: str) -> Tensor:
     return torch.where(gap.isnan(), torch.nan, (lead + 1) / 2)  # the sign of NaN is 0
 
 
-def win_rates(rewards: Tensor, cu_groups: Tensor, how: str) -> Tensor:
-    """How likely each of a prompt's completions [S] beats another of them: SPO's reward,
-    arXiv:2401.04056. NaN for a whole group where one of its rewards is missing."""
-    groups = rewards.view(len(cu_groups) - 1, -1)
-    wins = beats(groups, groups, how).flatten(0, 1)
-    return spo(wins, cu_groups) + 0.5
+def wins_of(window: Window, how: str) -> Tensor:
+    """P(y_i beats y'_j) [G, K, L], y' of the others or of the group itself where there are none: as
+    a preference function told, or from rewards as `how` says."""
+    if window.wins is not None:
+        return window.wins
+    others = window.groups if window.others is None else window.others.groups
+    return beats(window.groups, others, how)
+
+
+def win_rates(wins: Tensor, among_themselves: bool) -> Tensor:
+    """How likely each of a prompt's completions [S] beats one that it meets: SPO's reward,
+    arXiv:2401.04056. Of those that are known; NaN where none is.
+
+    among_themselves: they meet the others of their own group, not themselves.
+    """
+    if among_themselves:
+        itself = torch.eye(wins.shape[1], dtype=torch.bool, device=wins.device)
+        wins = wins.masked_fill(itself, torch.nan)
+    return wins.nanmean(2).flatten()
+
+
+def unmet(own: list, others: list | None) -> tuple[Tensor, list[tuple[int, int]]]:
+    """A prompt's completions: what is known of P(y_i beats y'_j) [K, L], 1/2 for equal ones, and
+    the pairs to ask for. Within a group (others None) that is one order of each."""
+    rivals = own if others is None else others
+    wins = torch.full((len(own), len(rivals)), torch.nan, dtype=torch.float64)
+    pairs = []
+    for i, completion in enumerate(own):
+        for j, rival in enumerate(rivals):
+            if completion == rival:
+                wins[i, j] = 0.5
+            elif others is not None or i < j:
+                pairs.append((i, j))
+    return wins, pairs

@@ -45,6 +45,7 @@ class Caller:
         if is_async:
             return Call(self._on_the_loop(function, arguments), deadline, self)
         future: futures.Future = futures.Future()
+        future.set_running_or_notify_cancel()  # so that a result that comes too late may be set
         if self.free.acquire(timeout=self.timeout):
             run = threading.Thread(
                 target=self._run, args=(future, function, arguments), daemon=True

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..loss_flags import nearest
 from .cache import key_of
 from .endpoint import Chat, NoAnswer
-from .text import content, texts
+from .text import shown, texts
 
 Reward = float | NoAnswer | None  # a failure stands in the place of its completion's reward
 Ask = Callable[[list[str], Callable[[str], float | None]], Awaitable[list[float | NoAnswer]]]
@@ -56,9 +56,10 @@ async def judge(
     prompts,
     completions,
     checklist=None,
+    opponents=None,
     log_metric=None,
     *,
-    ask: Literal["score", "pairs", "checklist", "constitution"] = "score",
+    ask: Literal["score", "pairs", "checklist", "constitution"] | None = None,
     base_url: str | None = None,
     model: str | None = None,
     rubric: str = RUBRIC,
@@ -78,7 +79,8 @@ async def judge(
     ask: "score" by the rubric, 1 to 10; "pairs", each completion's win rate against the others of
     its prompt, both orders averaged; "constitution", the same, each pair by one of `principles` (a
     list, or a file with one a line); "checklist", the weighted mean of how well it meets the row's
-    `checklist`, of texts or {"item", "weight"}.
+    `checklist`, of texts or {"item", "weight"}. Unset: "pairs" if there are `opponents`, with whom
+    alone completions are compared then, each with its own; else "score".
     samples: answers averaged for each question; more than one wants a temperature above 0.
     """
     chat = Chat(
@@ -94,19 +96,25 @@ async def judge(
     )
     answers: Ask = functools.partial(_answers, chat, samples)
     rewards: Sequence[Reward]
-    shown, responses = [_shown(prompt) for prompt in prompts], texts(completions)
+    asked, responses = [shown(prompt) for prompt in prompts], texts(completions)
     metrics: dict[str, float] = {}
+    ways = ("score", "pairs", "checklist", "constitution")
+    ask = ask or ("score" if opponents is None else "pairs")
     try:
-        if ask == "score":
-            rewards = await _scores(answers, shown, responses, rubric)
+        if ask in ("pairs", "constitution"):
+            rubrics = (rubric,) if ask == "pairs" else _principles(principles)
+            given = answers, asked, responses, rubrics, metrics
+            if opponents is None:
+                rewards = await _win_rates(*given)
+            else:
+                rewards = await _duels(*given, texts(opponents))
+        elif opponents is not None and ask in ways:
+            raise UserError(f"judge: wanted ask=pairs or constitution to compare by; got {ask}")
+        elif ask == "score":
+            rewards = await _scores(answers, asked, responses, rubric)
         elif ask == "checklist":
-            rewards = await _checked(answers, shown, responses, checklist)
-        elif ask == "pairs":
-            rewards = await _win_rates(answers, shown, responses, (rubric,), metrics)
-        elif ask == "constitution":
-            rewards = await _win_rates(answers, shown, responses, _principles(principles), metrics)
+            rewards = await _checked(answers, asked, responses, checklist)
         else:
-            ways = ("score", "pairs", "checklist", "constitution")
             raise UserError(f"judge: no such ask {ask!r}{nearest(str(ask), ways)}")
     finally:
         if chat.cache:
@@ -217,26 +225,45 @@ async def _win_rates(
         for i, j in itertools.combinations(group, 2)
         if responses[i] != responses[j]
     ]
-    questions = []
-    for i, j in pairs:
-        drawn = int(key_of(prompts[i], sorted((responses[i], responses[j])))[:8], 16)
-        rubric = rubrics[drawn % len(rubrics)]
-        for first, second in ((i, j), (j, i)):
-            a, b = responses[first], responses[second]
-            questions.append(PAIR.format(prompt=prompts[i], first=a, second=b, rubric=rubric))
-    found = await answers(questions, _read_verdict)
-    ahead, behind = found[::2], [_flip(value) for value in found[1::2]]
+    first, second = zip(*pairs, strict=True) if pairs else ((), ())
+    found = await _duels(
+        answers,
+        [prompts[i] for i in first],
+        [responses[i] for i in first],
+        rubrics,
+        metrics,
+        [responses[j] for j in second],
+    )
     wins: dict[tuple[int, int], float | NoAnswer] = {}
-    for (i, j), one, other in zip(pairs, ahead, behind, strict=True):
-        wins[i, j] = _mean([one, other])
-        wins[j, i] = _flip(wins[i, j])
-    known = [p for p in zip(ahead, behind, strict=True) if NoAnswer not in map(type, p)]
-    if known:
-        metrics["order_matters"] = sum(one != other for one, other in known) / len(known)
+    for (i, j), value in zip(pairs, found, strict=True):
+        wins[i, j], wins[j, i] = value, _flip(value)
     return [
         _mean([wins.get((i, j), 0.5) for j in groups[prompt] if j != i])
         for i, prompt in enumerate(prompts)
     ]
+
+
+async def _duels(
+    answers: Ask,
+    prompts: list[str],
+    responses: list[str],
+    rubrics: Sequence[str],
+    metrics: dict[str, float],
+    opponents: list[str],
+) -> list[float | NoAnswer]:
+    """P(response is better than its opponent), the mean of both orders; ties are 1/2."""
+    questions = []
+    for prompt, *both in zip(prompts, responses, opponents, strict=True):
+        drawn = int(key_of(prompt, sorted(both))[:8], 16)
+        rubric = rubrics[drawn % len(rubrics)]
+        for a, b in (both, both[::-1]):
+            questions.append(PAIR.format(prompt=prompt, first=a, second=b, rubric=rubric))
+    found = await answers(questions, _read_verdict)
+    ahead, behind = found[::2], [_flip(value) for value in found[1::2]]
+    known = [p for p in zip(ahead, behind, strict=True) if NoAnswer not in map(type, p)]
+    if known:
+        metrics["order_matters"] = sum(one != other for one, other in known) / len(known)
+    return [_mean(pair) for pair in zip(ahead, behind, strict=True)]
 
 
 def _flip(value: float | NoAnswer) -> float | NoAnswer:
@@ -265,10 +292,3 @@ def _principles(given: str | Sequence[str]) -> Sequence[str]:
     if not given:
         raise UserError("judge: wanted principles, a list or a file with one a line; got none")
     return given
-
-
-def _shown(prompt) -> str:
-    """A prompt as text: a conversation turn by turn."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{m.get('role', 'user')}: {content(m)}" for m in prompt)

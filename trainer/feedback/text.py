@@ -33,6 +33,13 @@ def content(message: dict) -> str:
     return "".join(part.get("text", "") for part in given if isinstance(part, dict))
 
 
+def shown(prompt) -> str:
+    """A prompt as text: a conversation turn by turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{m.get('role', 'user')}: {content(m)}" for m in prompt)
+
+
 def format(completions, *, pattern: str = THINK_ANSWER, **_) -> list[float]:
     """1 where the whole completion matches `pattern`: <think>..</think> <answer>..</answer>."""
     compiled = _compiled(pattern)

@@ -14,7 +14,7 @@ from prefuse.kernels.advantage_parts import shaped_rewards
 from prefuse.kernels.credit import at_ends, lagrangian
 from prefuse.kernels.whitening import Reduce
 
-from ..win_rates import beats, win_rates
+from ..win_rates import win_rates
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Judged:
     cu_seqlens: Tensor  # [S + 1] int32: the scored tokens of a completion
     reduce: Reduce  # statistics of this rank -> of all
     scale: str = "group"  # of the grpo estimator
-    preference: str = "larger"  # from two rewards, see win_rates.beats
+    wins: Tensor | None = None  # [G, K, L]: P(a completion beats one that it meets)
     pass_k: int = 1  # of the pass_at_k estimator
     others: Tensor | None = None  # [G, L]: rewards of completions that are not trained on
     costs: Tensor | None = None  # [S]
@@ -65,9 +65,15 @@ def nash(x: Judged) -> Tensor:
 
     The KL of a token is the later tokens' too: without those it is no gradient of the sequence's.
     """
-    assert x.others is not None
-    wins = beats(x.rewards.view(len(x.others), -1), x.others, x.preference).mean(2).flatten()
-    return discounted_returns(replace(x, rewards=wins - 0.5).of_tokens(), x.cu_seqlens)
+    assert x.wins is not None
+    won = win_rates(x.wins, among_themselves=False)
+    return discounted_returns(replace(x, rewards=won - 0.5).of_tokens(), x.cu_seqlens)
+
+
+def spo(x: Judged) -> Tensor:
+    """SPO, arXiv:2401.04056: the mean over the group's others of P(y beats y'), less 1/2."""
+    assert x.wins is not None
+    return replace(x, rewards=win_rates(x.wins, among_themselves=True) - 0.5).penalized()
 
 
 def remax(x: Judged) -> Tensor:
@@ -84,7 +90,7 @@ ESTIMATORS: dict[str, Callable[[Judged], Tensor]] = {
     "grpo_passk": lambda x: group.passk(x.penalized(), x.cu_groups),
     "pass_at_k": lambda x: group.pass_at_k(x.rewards, x.cu_groups, k=x.pass_k),
     "gdpo": lambda x: group.gdpo(x.parts, x.weights, x.cu_groups, reduce=x.reduce),
-    "spo": lambda x: win_rates(x.penalized(), x.cu_groups, x.preference) - 0.5,
+    "spo": spo,
     "remax": remax,
     "nash": nash,
     "reinforce": lambda x: group.reinforce(x.penalized(), reduce=x.reduce),
@@ -95,6 +101,7 @@ ESTIMATORS: dict[str, Callable[[Judged], Tensor]] = {
         x.penalized(), x.cu_groups, x.lengths.double(), reduce=x.reduce
     ),
 }
+COMPARE = {"spo", "nash"}  # those of wins
 OF_TOKENS = {"reinforce_plus_plus", "nash"}
 NEED_GROUPS = {"rloo", "grpo", "dr_grpo", "opo", "gpg", "grpo_passk", "pass_at_k", "gdpo", "spo"}
 

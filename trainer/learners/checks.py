@@ -5,8 +5,8 @@ from __future__ import annotations
 from .. import objectives
 from ..errors import UserError
 from ..loss_flags import nearest
-from ..online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig
-from .advantages import ESTIMATORS, NEED_GROUPS
+from ..online_config import NashMDConfig, OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig
+from .advantages import COMPARE, ESTIMATORS, NEED_GROUPS
 
 ONE_STREAM = {"gdpo", "spo", "remax", "nash", "pass_at_k"}  # estimators of rewards alone
 
@@ -21,12 +21,47 @@ def needs_reference(config: OnlineConfig) -> bool:
 
 def check(config: OnlineConfig) -> None:
     """What the configuration's own checks cannot know."""
+    _check_preference(config)
     if config.sync_ref_model and not needs_reference(config):
         raise UserError("--sync_ref_model: wanted a run with a reference model; this one has none")
     if isinstance(config, PolicyConfig) and not isinstance(config, PPOConfig):
         _check_policy(config)
     if isinstance(config, OnlineDPOConfig):
         _check_pairs(config)
+
+
+def _check_preference(config: OnlineConfig) -> None:
+    if config.preference_func is None:
+        return
+    each, mixed = config.num_generations, isinstance(config, NashMDConfig)
+    if each < 2 and not mixed:
+        raise UserError(
+            "--num_generations: wanted 2 or more, for a preference function compares the "
+            f"completions of a prompt; got {each}"
+        )
+    if isinstance(config, PolicyConfig) and config.replay_success is not None:
+        raise UserError(
+            "--replay_success: wanted rewards alone; a preference function compares what is "
+            "sampled together. Leave one of them out"
+        )
+    judged = config.reward_funcs or config.environment is not None
+    if judged and not config.win_rates and not _reads_wins(config):
+        raise UserError(
+            "--preference_func: nothing reads it beside rewards here; pass --win_rates to learn "
+            "from it, or leave one of them out"
+        )
+    if not judged and (config.eval_strategy != "no" or config.eval_on_start):
+        raise UserError(
+            "--eval_strategy: wanted no, or a --reward_funcs to evaluate by: a policy's "
+            "completions beat each other half of the time, whatever it has learnt"
+        )
+
+
+def _reads_wins(config: OnlineConfig) -> bool:
+    if isinstance(config, OnlineDPOConfig):
+        read = objectives.judged_columns(config.loss_type)
+        return config.loss_type in ("xpo", "egpo") or "preference" in read
+    return isinstance(config, PolicyConfig) and config.advantage in COMPARE
 
 
 def _check_policy(config: PolicyConfig) -> None:
@@ -45,6 +80,11 @@ def _check_policy(config: PolicyConfig) -> None:
         raise UserError(
             f"--pass_k: wanted at most --num_generations {config.num_generations}; got "
             f"{config.pass_k}"
+        )
+    if name == "remax" and (config.win_rates or config.preference_func):
+        raise UserError(
+            "--advantage: remax takes off the reward of the greedy completion, and win rates have "
+            "none; wanted another, as rloo or spo"
         )
     if config.cost_funcs and name in ONE_STREAM:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from prefuse.kernels.preference import LOSSES, inputs
 
@@ -13,7 +12,7 @@ from ..experience import Window
 from ..objectives import Reference
 from ..online_config import OnlineDPOConfig
 from ..selection import PAIRS, accepted
-from ..win_rates import beats
+from ..win_rates import wins_of
 from .learner import Learner, drawing
 
 
@@ -28,16 +27,18 @@ def pairs(config: OnlineDPOConfig, reference: Reference | None) -> Learner:
     scores = ("old_logp",) if config.reanchor or previous else ()
 
     def batches(window: Window, iteration: int) -> list[list[Example]]:
-        groups = window.candidates
+        groups, wins = window.candidates, wins_of(window, config.preference).numpy()
 
         def made(group: int) -> list[Example]:
             rewards, first = groups[group], group * window.each
             examples = []
-            for chosen, rejected in _chosen(config, window, group, rewards):
-                numbers = _numbers(config, window, group, chosen, rejected)
+            for chosen, rejected in _chosen(config, window, group, rewards, wins[group]):
+                numbers = _numbers(config, window, group, chosen, rejected, wins[group])
                 judged = tuple(
                     numbers[name] for name in objectives.judged_columns(config.loss_type)
                 )
+                if np.isnan(judged).any():  # a comparison that failed
+                    continue
                 examples.append(window.example([first + chosen, first + rejected], judged))
             return examples
 
@@ -47,16 +48,16 @@ def pairs(config: OnlineDPOConfig, reference: Reference | None) -> Learner:
 
 
 def _chosen(
-    config: OnlineDPOConfig, window: Window, group: int, rewards: np.ndarray
+    config: OnlineDPOConfig, window: Window, group: int, rewards: np.ndarray, wins: np.ndarray
 ) -> list[tuple[int, int]]:
     """Places of chosen and rejected completions in their group."""
     if config.loss_type == "xpo":  # equal ones too, whose preference is a half
         half = window.each - window.foreign
         met = [(i, half + i) for i in range(half)]
         return [
-            (i, j) if rewards[i] >= rewards[j] else (j, i)
+            (i, j) if wins[i, j] >= 0.5 else (j, i)
             for i, j in met
-            if not np.isnan(rewards[[i, j]]).any()
+            if not np.isnan([*rewards[[i, j]], wins[i, j]]).any()
         ]
     if config.loss_type == "egpo":  # equal ones too: it learns how far apart they should be
         return [] if np.isnan(rewards).any() else [(0, 1)]
@@ -71,19 +72,22 @@ def _chosen(
 
 
 def _numbers(
-    config: OnlineDPOConfig, window: Window, group: int, chosen: int, rejected: int
+    config: OnlineDPOConfig,
+    window: Window,
+    group: int,
+    chosen: int,
+    rejected: int,
+    wins: np.ndarray,
 ) -> dict[str, float]:
-    """What a loss may read of a pair besides its log-probs."""
+    """What a loss may read of a pair besides its log-probs. wins: [K, L], against opponents or the
+    group itself."""
     rewards = window.groups[group]
-    better, worse = (rewards[[i]][None] for i in (chosen, rejected))
-    margin = float(better - worse)
     if config.loss_type == "egpo":
-        assert window.others is not None
-        opponents = window.others.groups[group][None]
-        wins = [beats(side, opponents, config.preference) for side in (better, worse)]
-        margin = float(torch.nanmean(wins[0] - wins[1]))
+        gaps = wins[chosen] - wins[rejected]
+        known = gaps[~np.isnan(gaps)]
+        return {"margin": float(known.mean()) if len(known) else float("nan")}
     return {
-        "margin": margin,
-        "preference": float(beats(better, worse, config.preference)),
+        "margin": float(rewards[chosen] - rewards[rejected]),
+        "preference": float(wins[chosen, rejected]),
         "explored": float(chosen >= window.each - window.foreign),
     }

@@ -21,7 +21,8 @@ from ..objectives import Method
 from ..online_config import PolicyConfig
 from ..scores import Scorer
 from ..selection import SUBSETS
-from .advantages import Judged, advantages
+from ..win_rates import wins_of
+from .advantages import COMPARE, Judged, advantages
 from .controls import Controls
 from .learner import Learner, drawing
 
@@ -54,7 +55,7 @@ def judged_by(window: Window, config: PolicyConfig, controls: Controls, reduce: 
     if config.kl_in_reward and config.beta:
         logps = {"logp": window.column("old_logp"), "ref_logp": window.column("ref_logp")}
     weights = list(config.reward_weights or [1.0] * len(config.reward_funcs))
-    weights += [1.0] * (config.environment is not None)
+    weights += [1.0] * (window.parts.shape[1] - len(weights))  # an environment's, of comparisons
     return Judged(
         window.rewards,
         window.parts,
@@ -63,7 +64,7 @@ def judged_by(window: Window, config: PolicyConfig, controls: Controls, reduce: 
         window.cu_seqlens,
         reduce,
         scale=config.scale_rewards,
-        preference=config.preference,
+        wins=wins_of(window, config.preference) if config.advantage in COMPARE else None,
         pass_k=config.pass_k,
         others=None if window.others is None else window.others.groups,
         costs=window.costs,

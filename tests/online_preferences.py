@@ -1,0 +1,54 @@
+"""Preference functions of the tests: P(completion beats opponent) of each pair."""
+
+import asyncio
+import time
+
+BEATS = {("w4", "w6"), ("w5", "w4"), ("w6", "w5")}
+
+
+async def rock_paper_scissors(prompts, completions, opponents, **columns):
+    await asyncio.sleep(0)
+    pairs = zip(completions, opponents, strict=True)
+    return [0.5 if a == b else float((a, b) in BEATS) for a, b in pairs]
+
+
+def _on_p1(prompts, value):
+    return [value if prompt == "p1" else 0.5 for prompt in prompts]
+
+
+def raises(prompts, completions, opponents):
+    if "p1" in prompts:
+        raise RuntimeError("no word on it")
+    return [0.5] * len(opponents)
+
+
+def no_probability(prompts, completions, opponents):
+    return _on_p1(prompts, 1.5)
+
+
+def not_finite(prompts, completions, opponents):
+    return _on_p1(prompts, float("nan"))
+
+
+def nested(prompts, completions, opponents):
+    return _on_p1(prompts, [0.5])
+
+
+def too_few(prompts, completions, opponents):
+    return [0.5] * (len(prompts) - ("p1" in prompts))
+
+
+def hangs(prompts, completions, opponents):
+    time.sleep(2)
+    return [0.5] * len(prompts)
+
+
+def no_word_on_paper(prompts, completions, opponents):
+    pairs = zip(completions, opponents, strict=True)
+    return [None if "w5" in (a, b) else float((a, b) in BEATS) for a, b in pairs]
+
+
+def w7_wins(prompts, completions, opponents, **columns):
+    """The share of w7 decides, as the reward of the same task."""
+    counts = [[text.split().count("w7") for text in side] for side in (completions, opponents)]
+    return [0.5 + (a - b) / 12 for a, b in zip(*counts, strict=True)]
