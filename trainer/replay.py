@@ -70,7 +70,7 @@ def _put(window: Window, i: int, stored: dict[str, Any]) -> None:
         given = {k: np.array(v) if k in LISTS else v for k, v in given.items()}
         episode = Episode(**given, logp=np.full(len(given["tokens"]), np.nan, dtype=np.float32))
     unknown = np.full(len(tokens), np.nan, dtype=np.float32)
-    paid = stored["paid"]
+    paid = stored.get("paid")
     if paid is not None or window.token_rewards is not None:
         window.token_rewards = window.paid()
         window.token_rewards[i] = np.zeros(len(tokens)) if paid is None else np.array(paid)

@@ -107,7 +107,8 @@ def places(ends: Sequence[int], tokens: np.ndarray, tokenizer) -> list[int]:
     """The tokens in which the characters before `ends` lie; of a character of several, the last.
 
     The text of a prefix of the tokens is a prefix of theirs but for a character that is cut, so the
-    first prefix whose text has the characters is found by halving.
+    first prefix whose text has the characters is found by halving. Where a vocabulary lacks several
+    characters in a row and spells them in bytes, the token may be that of a later one of them.
     """
     texts: dict[int, str] = {}
 

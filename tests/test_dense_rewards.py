@@ -1,0 +1,460 @@
+"""Rewards of tokens and stretches of text: read, kept, placed at tokens, learnt from."""
+
+import functools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from online_runs import FULL, LEARN, REWARDS, online_config
+from test_rewards import COMPLETIONS, IDS, INDICES, PROMPTS
+from tiny import tiny_model, tiny_tokenizer, write_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.testing import assert_close
+
+from prefuse.trainer.dist import Ranks
+from prefuse.trainer.errors import UserError
+from prefuse.trainer.experience import Window
+from prefuse.trainer.feedback.credit import AttentionCredit, StepCredit, steps_of
+from prefuse.trainer.feedback.dense import on_tokens, places
+from prefuse.trainer.learners.controls import Controls
+from prefuse.trainer.learners.ppo import ppo, ppo_method
+from prefuse.trainer.online_config import PPOConfig
+from prefuse.trainer.prompts import Prompt
+from prefuse.trainer.replay import Replay
+from prefuse.trainer.reward_model import RewardModel
+from prefuse.trainer.rewards import Feedback, Spans
+from prefuse.trainer.rollout import Completion
+
+NAN = float("nan")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+PLAIN = ["the", "cat", "sat", "on", "\n", "return", "a"]
+WORDS = [*PLAIN, "naïve", "日本語", "😀", "é"]
+
+
+def score(*functions, **options):
+    return Feedback(functions, **options)(PROMPTS, COMPLETIONS, IDS, {}, INDICES)
+
+
+@functools.cache
+def bpe(size: int = 300):
+    """Byte-level: a character of several bytes may be several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore
+    rng = random.Random(0)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(rng.choices(PLAIN, k=20)) for _ in range(99)], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def prefixes(tokens, tokenizer) -> list[str]:
+    counts = range(len(tokens) + 1)
+    return [tokenizer.decode(tokens[:k], skip_special_tokens=True) for k in counts]
+
+
+def by_every_prefix(prefix: list[str]) -> list[int]:
+    """Of every character of the whole, the first token that completes it."""
+    whole, counts = prefix[-1], range(len(prefix))
+    ends = range(1, len(whole) + 1)
+    return [next(k for k in counts if prefix[k][:e] == whole[:e]) - 1 for e in ends]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_characters_of_tokenizers_in_use(data_dir, name):
+    """Tokens at random, so most bytes are of no character."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data_dir / "tokenizers" / name)
+    tokens = np.random.default_rng(0).integers(0, len(tokenizer), 80)
+    prefix = prefixes(tokens, tokenizer)
+    wanted = by_every_prefix(prefix)
+    assert places(range(1, len(prefix[-1]) + 1), tokens, tokenizer) == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_character_lies_in_the_token_that_ends_it(seed):
+    """Against every prefix; characters of several tokens, special tokens, bytes of none."""
+    tokenizer, rng = bpe(), random.Random(seed)
+    text = " ".join(rng.choices(WORDS, k=25))
+    ids = tokenizer(text)["input_ids"]
+    if seed == 2:  # as a policy may sample
+        ids += [tokenizer.get_vocab()[piece] for piece in ("ð", "Ł", "a")]
+    tokens = np.array([*ids[:5], tokenizer.pad_token_id, *ids[5:], tokenizer.eos_token_id])
+    prefix = prefixes(tokens, tokenizer)
+    whole, wanted = prefix[-1], by_every_prefix(prefix)
+    assert sum("�" in p for p in prefix[:-3]) > 5 and len(set(whole)) > 10
+    assert places(range(1, len(whole) + 1), tokens, tokenizer) == wanted
+    some = rng.sample(range(1, len(whole) + 1), 6)
+    assert places(some, tokens, tokenizer) == [wanted[end - 1] for end in some]
+    spans = Spans([(end, 1.0 + end) for end in some * 2])
+    paid = on_tokens(spans, tokens, tokenizer)
+    for place in range(len(tokens)):
+        mine = sum(2.0 * (1 + end) for end in some if wanted[end - 1] == place)
+        assert paid[place] == mine
+
+
+def test_what_parts_are_worth_adds_up():
+    """A list, a tensor, Spans and numbers from one function."""
+    found = [[2.5], np.array([1.0, -2.0]), Spans([(1, 0.5), (1, 0.25)]), 3]
+    scores = score(lambda completions: found, "length?scale=1")
+    np.testing.assert_array_equal(scores.rewards, [[2.5, -1], [-1, -2], [0.75, -3], [3, -4]])
+    assert scores.dense.keys() == {(0, 0), (1, 0), (2, 0)}
+    np.testing.assert_array_equal(scores.dense[1, 0], [1.0, -2.0])  # type: ignore
+    assert scores.dense[2, 0] == Spans(((1, 0.5), (1, 0.25)))
+
+
+WRONG = [
+    ([1.0], "wrong count"),
+    ([], "wrong count"),
+    ([1.0, NAN, 0.0, 0.0], "not finite"),
+    ([1.0, None, 0.0, 0.0], "wrong type"),
+    (Spans([(0, 1.0)]), "out of text"),
+    (Spans([(2, 1.0)]), "out of text"),
+    (Spans([(1, math.inf)]), "not finite"),
+    (Spans([(1.0, 1.0)]), "wrong type"),  # type: ignore
+    (Spans([1.0]), "wrong type"),  # type: ignore
+]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "zero"])
+@pytest.mark.parametrize("value, kind", WRONG)
+def test_what_does_not_fit_a_completion_is_a_failure(value, kind, policy):
+    """Of the last of four, "5" of four tokens."""
+    given = [0.5, [1.0, 0.0], [1.0] * 3, value]
+    if policy == "stop":
+        with pytest.raises(UserError, match=r"on rows.jsonl:2\b"):
+            score(lambda completions: given)
+        return
+    scores = score(lambda completions: given, on_failure=policy)
+    instead = NAN if policy == "skip" else 0.0
+    np.testing.assert_array_equal(scores.rewards[:, 0], [0.5, 1, 3, instead])
+    assert scores.failures == {kind: 1} and (3, 0) not in scores.dense
+
+
+def test_a_cache_keeps_parts(tmp_path):
+    calls, found = [], [[2.5], [1.0, -2.0], Spans([(1, 0.5)]), None]
+
+    def counted(completions):
+        calls.append(len(completions))
+        return [found[COMPLETIONS.index(c)] for c in completions]
+
+    first, again = (score(counted, cache=tmp_path / "c.sqlite") for _ in range(2))
+    assert calls == [4] and first.dense.keys() == again.dense.keys()
+    np.testing.assert_array_equal(first.rewards, again.rewards)
+    assert again.dense[2, 0] == Spans(((1, 0.5),))
+    np.testing.assert_array_equal(again.dense[1, 0], [1.0, -2.0])  # type: ignore
+    feedback = Feedback([counted], cache=tmp_path / "c.sqlite", on_failure="skip")
+    others = [*IDS[:1], [7, 7, 7], *IDS[2:]]  # the same text of other tokens
+    assert feedback(PROMPTS, COMPLETIONS, others, {}, INDICES).failures == {"wrong count": 1}
+    assert calls[1:] == [1]
+
+
+def window_of(lengths: list[int], paid: bool = True, seed: int = 0) -> Window:
+    rng = np.random.default_rng(seed)
+    prompts = [Prompt(i, np.arange(3, 6), "", {}, "") for i in range(len(lengths) // 2)]
+    completions = [Completion(rng.integers(3, 40, n), np.zeros(n), True) for n in lengths]
+    window = Window(prompts, completions, each=2, micro_rows=2)
+    window.rewards = torch.from_numpy(rng.normal(size=len(lengths)))
+    window.parts = window.rewards[:, None]
+    if paid:
+        window.token_rewards = [rng.normal(size=n) for n in lengths]
+    return window
+
+
+def test_parts_stay_with_their_completions():
+    """Taken, joined with a window without any, and replayed from a checkpoint's JSON."""
+    window, plain = window_of([3, 2, 4, 1]), window_of([2, 5], paid=False)
+    assert window.token_rewards is not None
+    taken = window.taken([1])
+    assert taken.token_rewards is not None and taken.paid() == window.paid()[2:]
+    assert [len(x) for x in taken.joined(plain).paid()] == [4, 1, 2, 5]
+    joined = plain.joined(taken)
+    assert joined.token_rewards is not None
+    assert not any(x.any() for x in joined.token_rewards[:2])
+    assert joined.token_rewards[2] is taken.token_rewards[0]
+    assert plain.joined(plain).token_rewards is None
+
+    window.rewards = torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    replay, later = Replay(1.0, ALONE), window_of([3, 3], paid=False)
+    replay(window)
+    replay.stored = json.loads(json.dumps(replay.stored))
+    later.rewards = torch.zeros(2).double()
+    replay(later)
+    assert later.token_rewards is not None and not later.token_rewards[0].any()
+    np.testing.assert_array_equal(later.token_rewards[1], window.token_rewards[1])
+
+
+def learnt(window: Window, **changes) -> dict[str, torch.Tensor]:
+    """Returns, by PPO with a KL in the reward."""
+    config = online_config(PPOConfig, per_device_train_batch_size=2, **changes)
+    total, rng = int(window.cu_seqlens[-1]), np.random.default_rng(9)
+    for name in ("old_logp", "ref_logp", "values"):
+        window.set(name, torch.from_numpy(rng.normal(size=total)))
+    controls = Controls(config.beta)
+    ppo(config, ppo_method(config, controls), controls, lambda x: x).batches(window, 0)
+    names = ("returns", "advantages", "old_logp", "ref_logp", "values")
+    return {name: window.column(name) for name in names}
+
+
+def by_hand(window: Window, found, beta, gamma, lam, bounds=None):
+    """GAE's recursion in float64, its actions the tokens or the stretches between bounds."""
+    returns, advantages, begin = [], [], 0
+    rewards, paid = window.rewards.tolist(), window.paid()
+    for reward, tokens in zip(rewards, paid, strict=True):
+        total, own = len(tokens), slice(begin, begin + len(tokens))
+        r = tokens - beta * (found["old_logp"][own] - found["ref_logp"][own]).numpy()
+        r[-1] += reward - tokens.sum()
+        values, carried = found["values"][own].numpy(), 0.0
+        marks = bounds(total) if bounds else list(range(total + 1))
+        actions = list(zip(marks, marks[1:], strict=False))
+        v = [values[a:b].mean() for a, b in actions]
+        back = []
+        for k in reversed(range(len(actions))):
+            a, b = actions[k]
+            after = v[k + 1] if k + 1 < len(v) else 0.0
+            carried = r[a:b].sum() + gamma * after - v[k] + gamma * lam * carried
+            back.insert(0, (carried, carried + v[k], b - a))
+        advantages += [x for x, _, n in back for _ in range(n)]
+        returns += [x for _, x, n in back for _ in range(n)]
+        begin += total
+    white = torch.tensor(advantages, dtype=torch.float64)
+    return torch.tensor(returns, dtype=torch.float64), (white - white.mean()) / white.std()
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_ppo_pays_tokens_and_the_rest_at_the_end(paid):
+    window = window_of([3, 1, 5, 2], paid)
+    given = dict(beta=0.3, gamma=0.9, lam=0.8)
+    found = learnt(window, **given)
+    returns, advantages = by_hand(window, found, **given)
+    assert_close(found["returns"], returns, rtol=1e-12, atol=1e-12)
+    assert_close(found["advantages"], advantages, rtol=1e-6, atol=1e-6)
+
+
+def test_the_sum_is_the_reward():
+    """At gamma 1, lambda 1 and no KL the first token's return is the completion's reward."""
+    window = window_of([3, 1, 5, 2])
+    found = learnt(window, beta=0.0, lam=1.0)
+    starts = window.cu_seqlens[:-1].long()
+    assert_close(found["returns"][starts], window.rewards, rtol=1e-12, atol=1e-12)
+
+
+def test_macro_actions_are_n_grams():
+    """Rewards and KL summed, values averaged, one advantage for all of its tokens."""
+    window, given = window_of([7, 1, 5, 2]), dict(beta=0.3, gamma=0.9, lam=0.8)
+    found = learnt(window, **given, macro_actions="ngram", macro_size=3)
+    bounds = lambda n: [*range(0, n, 3), n]  # noqa: E731
+    returns, advantages = by_hand(window, found, **given, bounds=bounds)
+    assert_close(found["returns"], returns, rtol=1e-12, atol=1e-12)
+    assert_close(found["advantages"], advantages, rtol=1e-6, atol=1e-6)
+    alone = learnt(window, **given, macro_actions="ngram", macro_size=1)
+    assert_close(alone["returns"], learnt(window, **given)["returns"], rtol=1e-12, atol=1e-12)
+
+
+def test_lambda_by_length_counts_actions():
+    """VAPO's 1 - 1 / (alpha n), n the macro actions: of one or two it is 0 at alpha 0.5."""
+    window, given = window_of([6, 4, 3, 5]), dict(macro_actions="ngram", macro_size=3)
+    by_length = learnt(window, lam_alpha=0.5, **given)["returns"]
+    assert_close(by_length, learnt(window, lam=0.0, **given)["returns"], rtol=1e-12, atol=1e-12)
+
+
+def test_macro_actions_by_perplexity_end_where_it_rises():
+    window = window_of([7, 1, 5, 2])
+    found = learnt(window, beta=0.1, macro_actions="perplexity")
+    begin = 0
+    for n in (7, 1, 5, 2):
+        own = slice(begin, begin + n)
+        logp, returns = found["ref_logp"][own].tolist(), found["returns"][own].tolist()
+        for t in range(1, n):
+            assert (returns[t] == returns[t - 1]) == (logp[t] >= logp[t - 1])
+        begin += n
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory) -> str:
+    """A reward model of its own tokenizer."""
+    tokenizer = bpe(280)
+    shape = tiny_model(vocab_size=len(tokenizer), pad_token_id=0).config
+    shape.num_labels = 1
+    torch.manual_seed(1)
+    model = transformers.LlamaForSequenceClassification(shape)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return write_model(tmp_path_factory.mktemp("judge"), model, tokenizer)
+
+
+ASKED = ["the cat 😀", "on"]
+ANSWERS = [" sat naïve\nthe 日本語 cat", " return é"]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+def test_attention_credit_by_hand(judge_folder, beta):
+    """The model's own attentions [1, heads, L, L], last layer, last row; offsets by bytes."""
+    tokenizer = bpe(280)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        judge_folder, attn_implementation="eager"
+    )
+    found = AttentionCredit(judge_folder, beta=beta, batch_size=2)(ASKED, ANSWERS)
+    whole = RewardModel(judge_folder)(ASKED, ANSWERS)
+    for prompt, answer, spans, reward in zip(ASKED, ANSWERS, found, whole, strict=True):
+        asked, said = (tokenizer(x)["input_ids"] for x in (prompt, answer))
+        ids = torch.tensor([[*asked, *said, tokenizer.eos_token_id]])
+        assert tokenizer(prompt + answer)["input_ids"] == [*asked, *said]
+        with torch.no_grad():
+            out = model(ids, output_attentions=True)
+        row = out.attentions[-1][0, :, -1].mean(0)[len(asked) : -1]
+        share = row / row.sum()
+        assert isinstance(spans, Spans)
+        ends, paid = zip(*spans.rewards, strict=True)
+        assert ends[-1] == len(answer)
+        pieces = [tokenizer.decode(said[:k]) for k in range(1, len(said) + 1)]
+        whole_ends = [len(p) for p in pieces]  # a character that is cut shows as one
+        assert list(ends) == whole_ends
+        wanted = beta * share * out.logits[0, 0]
+        wanted[-1] += (1 - beta) * out.logits[0, 0]
+        assert_close(torch.tensor(paid), wanted, rtol=1e-4, atol=1e-6)
+        assert_close(sum(paid), reward, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_credit_of_messages_and_of_nothing(judge_folder):
+    """What the template adds gets no share; an empty text has the reward as one number."""
+    tokenizer = bpe(280)
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    asked, said = [{"role": "user", "content": "the cat"}], " sat on é "
+    credit = AttentionCredit(judge_folder, tokenizer)
+    (spans,) = credit([asked], [[{"role": "assistant", "content": said}]])
+    (reward,) = RewardModel(judge_folder, tokenizer)(
+        [asked], [[{"role": "assistant", "content": said}]]
+    )
+    assert isinstance(spans, Spans)
+    ends = [end for end, _ in spans.rewards]
+    assert min(ends) > 1 and max(ends) == len(said) - 1 and ends == sorted(ends)
+    assert_close(sum(r for _, r in spans.rewards), reward, rtol=1e-5, atol=1e-6)
+    assert isinstance(AttentionCredit(judge_folder)(["the"], [""])[0], float)
+
+
+def test_steps_are_paid_where_they_end(judge_folder):
+    text = "the cat\n\nsat\non 😀"
+    assert steps_of(text, "\n") == [("the cat", 8), ("sat", 13), ("on 😀", 17)]
+    assert steps_of("", "\n") == steps_of("\n \n", "\n") == []
+    (own,) = RewardModel(judge_folder).steps(["on"], [["the cat", "sat", "on 😀"]])
+    for most, weight in ((1, 1 / 3), (2, 2 / 3), (math.inf, 1.0)):
+        found = StepCredit(judge_folder, max_lines=most)(["on"] * 2, [text, "\n"])
+        assert [end for end, _ in found[0].rewards] == [8, 13, 17] and not found[1].rewards
+        assert_close([r for _, r in found[0].rewards], (own.double() * weight).tolist())
+    asked = [{"role": "user", "content": "on"}]
+    (said,) = StepCredit(judge_folder)([asked], [[{"role": "assistant", "content": text}]])
+    assert said == StepCredit(judge_folder)(["on"], [text])[0]
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("?credit=attenton", "credit: wanted attention or steps"),
+        ("?credit=attention&beta=2", r"beta: wanted a number in \[0, 1\]"),
+        ("?credit=steps&max_lines=0", "max_lines: wanted a positive number"),
+        ("?credit=steps&beta=1", "no such option 'beta'"),
+        ("?beta=1", "no such option 'beta'"),
+    ],
+)
+def test_wrong_options_are_told(judge_folder, spec, words):
+    with pytest.raises(UserError, match=words):
+        Feedback([judge_folder + spec])
+
+
+def test_a_saved_model_pays_parts_of_other_tokens(judge_folder):
+    """Through Feedback, onto tokens of the policy, which has one a word."""
+    feedback = Feedback([f"{judge_folder}?credit=attention&beta=0.5"])
+    tokenizer = tiny_tokenizer(words=["<pad>", "</s>", "<unk>", "the", "cat", "sat"])
+    tokens = np.array([5, 3, 4, 1])
+    scores = feedback(["on "], ["sat the cat"], [tokens.tolist()], {}, ["row 1"])
+    paid = on_tokens(scores.dense[0, 0], tokens, tokenizer)
+    assert (paid[:3] != 0).all() and paid[3] == 0
+    (reward,) = RewardModel(judge_folder)(["on "], ["sat the cat"])
+    assert_close([paid.sum(), scores.rewards[0, 0]], [reward] * 2, rtol=1e-5, atol=1e-6)
+
+
+SHORT = ["--per_device_train_batch_size", "16", "--learning_rate", "1e-2", "--max_steps", "2"]
+
+
+@pytest.mark.parametrize("reward", ["w7_of_tokens", "w7_of_text"])
+def test_the_same_tokens_are_paid(online_run, reward, monkeypatch):
+    """A run of PPO: where w7 stands, and half of it by the weight."""
+    seen = []
+    taken = Window.paid
+    monkeypatch.setattr(Window, "paid", lambda self: seen.append(self) or taken(self))
+    more = ["--reward_weights", "0.5", "--missing_eos_penalty", "1"]
+    online_run("ppo", "out", *SHORT, *more, reward=reward)
+    windows = {id(w): w for w in seen if w.token_rewards is not None}.values()
+    assert windows
+    for window in windows:
+        for completion, paid in zip(window.completions, window.paid(), strict=True):
+            np.testing.assert_allclose(paid, (completion.tokens == 13) / 12)
+        sums = torch.tensor([p.sum() for p in window.paid()])
+        assert_close(window.rewards, sums - 1.0 * ~window.finished)
+
+
+@pytest.mark.parametrize("command", ["grpo", "raft"])
+def test_others_learn_from_the_sum(online_run, command):
+    dense = online_run(command, "dense", *SHORT, reward="w7_of_text")
+    whole = online_run(command, "whole", *SHORT, reward="share_of_w7")
+    for one, other in zip(dense, whole, strict=True):
+        assert_close(one.get("loss"), other.get("loss"))
+        assert_close(one.get("reward"), other.get("reward"))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--reward_combination", "normalized_sum"], "--reward_combination: wanted sum"),
+        (["--macro_actions", "ngram", "--macro_size", "0"], "--macro_size: wanted 1 or more"),
+        (
+            ["--macro_actions", "ngram", "--turn_values", "--environment", f"{REWARDS}:Echo"],
+            "--macro_actions: wanted none with turn_values",
+        ),
+    ],
+)
+def test_mistakes_are_told(online_run, more, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        online_run("ppo", "out", *SHORT, *more, reward="w7_of_text")
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@FULL
+@pytest.mark.parametrize(
+    "reward, more",
+    [
+        ("w7_of_tokens", ["--gamma", "0"]),
+        ("w7_of_text", ["--gamma", "0"]),
+        ("share_of_w7", ["--macro_actions", "ngram", "--macro_size", "3"]),
+        ("w7_of_tokens", ["--macro_actions", "perplexity"]),
+    ],
+)
+def test_what_tokens_are_worth_is_learnt(online_run, reward, more):
+    """At gamma 0 a token learns from its own reward alone, so each must have had it."""
+    lines = online_run("ppo", "out", *LEARN, "80", "--beta", "0", *more, reward=reward)
+    rewards = [x["reward"] for x in lines if "reward" in x]
+    assert rewards[0] < 0.2 and sum(rewards[-2:]) / 2 >= 0.95
+
+
+@FULL
+def test_a_reward_at_the_end_teaches_little_without_a_future(online_run):
+    options = [*LEARN, "80", "--beta", "0", "--gamma", "0"]
+    lines = online_run("ppo", "out", *options, reward="share_of_w7")
+    assert [x["reward"] for x in lines if "reward" in x][-1] < 0.5
