@@ -246,19 +246,6 @@ def test_it_learns_which_are_desirable(top, tmp_path):
         assert counts["desirable"] + counts["undesirable"] == counts["kept"] == 24
 
 
-def test_the_recipe_runs(top, tmp_path):
-    recipe = Path(__file__).parents[1] / "recipes" / "kto.yaml"
-    argv = ["train", str(recipe), "--model_name_or_path", str(top / "model"), "--output_dir"]
-    argv += [
-        str(tmp_path / "out"),
-        "--dataset_name",
-        write_rows(tmp_path / "rows.jsonl", pair_rows(16)),
-    ]
-    main([*argv, "--max_steps", "2", "--logging_steps", "1", "--disable_tqdm"])
-    losses = [json.loads(x)["loss"] for x in (tmp_path / "out/metrics.jsonl").open()]
-    assert losses[0] == 0.5  # the policy is the reference still
-
-
 def test_mistakes_of_the_command_line(top, tmp_path, capsys):
     bad = [
         (["--loss_type", "sigmoid"], "wanted one of kto, bco"),

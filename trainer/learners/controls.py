@@ -32,21 +32,17 @@ class Controls:
     def adjust(self, config: PolicyConfig, window: Window, ranks: Ranks) -> dict[str, Tensor]:
         """After a window is judged and before it is learnt from; what the log tells."""
         told = {}
-        if config.kl_target is not None:
+        if {"old_logp", "ref_logp"} <= window.columns.keys():
             kl = window.column("old_logp").double() - window.column("ref_logp").double()
             statistics = whitening_statistics(segment_sum(kl, window.cu_seqlens))
             statistics = ranks.total(statistics)
             mean = float(mean_and_variance(statistics)[0])
-            self.beta = float(
-                adaptive_coefficient(
-                    self.beta,
-                    mean,
-                    target=config.kl_target,
-                    horizon=config.kl_horizon,
-                    steps=float(statistics[0]),
-                )
-            )
-            told = {"kl_coef": torch.tensor([self.beta]), "sequence_kl": torch.tensor([mean])}
+            told["sequence_kl"] = torch.tensor([mean])
+            if config.kl_target is not None:
+                steer = dict(target=config.kl_target, horizon=config.kl_horizon)
+                count = float(statistics[0])
+                self.beta = float(adaptive_coefficient(self.beta, mean, **steer, steps=count))
+                told["kl_coef"] = torch.tensor([self.beta])
         if window.costs is not None:
             known = window.costs[~window.costs.isnan()]
             statistics = ranks.total(whitening_statistics(known))
