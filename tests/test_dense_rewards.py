@@ -27,7 +27,7 @@ from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.replay import Replay
 from prefuse.trainer.reward_model import RewardModel
 from prefuse.trainer.rewards import Feedback, Spans
-from prefuse.trainer.rollout import Completion
+from prefuse.trainer.rollout import Completion, Episode
 
 NAN = float("nan")
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -260,6 +260,18 @@ def test_macro_actions_are_n_grams():
     assert_close(alone["returns"], learnt(window, **given)["returns"], rtol=1e-12, atol=1e-12)
 
 
+def test_macro_actions_end_with_the_turn():
+    """Turns of 4 and 3 tokens, others' in between: three, one, three."""
+    own = np.array([False] * 3 + [True] * 4 + [False] * 2 + [True] * 3)
+    given = np.zeros(2), np.array([7, 12]), "done", []
+    episode = Episode(np.arange(3, 15), own, np.zeros(12, dtype=np.float32), *given)
+    window, options = window_of([7, 7]), dict(beta=0.0, gamma=0.9, lam=0.8)
+    window.completions = [episode.completion()] * 2
+    found = learnt(window, **options, macro_actions="ngram", macro_size=3)
+    returns, _ = by_hand(window, found, **options, bounds=lambda n: [0, 3, 4, 7])
+    assert_close(found["returns"], returns, rtol=1e-12, atol=1e-12)
+
+
 def test_lambda_by_length_counts_actions():
     """VAPO's 1 - 1 / (alpha n), n the macro actions: of one or two it is 0 at alpha 0.5."""
     window, given = window_of([6, 4, 3, 5]), dict(macro_actions="ngram", macro_size=3)
@@ -392,21 +404,42 @@ def test_a_saved_model_pays_parts_of_other_tokens(judge_folder):
 SHORT = ["--per_device_train_batch_size", "16", "--learning_rate", "1e-2", "--max_steps", "2"]
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """Those of the runs of a test."""
+    seen: dict[int, Window] = {}
+    paid = Window.paid
+    monkeypatch.setattr(Window, "paid", lambda self: paid(seen.setdefault(id(self), self)))
+    yield seen.values()
+    assert seen
+
+
 @pytest.mark.parametrize("reward", ["w7_of_tokens", "w7_of_text"])
-def test_the_same_tokens_are_paid(online_run, reward, monkeypatch):
+def test_the_same_tokens_are_paid(online_run, windows, reward):
     """A run of PPO: where w7 stands, and half of it by the weight."""
-    seen = []
-    taken = Window.paid
-    monkeypatch.setattr(Window, "paid", lambda self: seen.append(self) or taken(self))
     more = ["--reward_weights", "0.5", "--missing_eos_penalty", "1"]
     online_run("ppo", "out", *SHORT, *more, reward=reward)
-    windows = {id(w): w for w in seen if w.token_rewards is not None}.values()
-    assert windows
     for window in windows:
+        assert window.token_rewards is not None
         for completion, paid in zip(window.completions, window.paid(), strict=True):
             np.testing.assert_allclose(paid, (completion.tokens == 13) / 12)
         sums = torch.tensor([p.sum() for p in window.paid()])
         assert_close(window.rewards, sums - 1.0 * ~window.finished)
+
+
+def test_turns_are_paid_at_their_ends(online_run, windows):
+    """Beside a function that pays tokens, weighted."""
+    talk = ["--environment", f"{REWARDS}:Echo", "--max_completion_length", "3"]
+    online_run("ppo", "out", *SHORT, *talk, "--reward_weights", "2", reward="w7_of_tokens")
+    for window in windows:
+        for completion, paid in zip(window.completions, window.paid(), strict=True):
+            episode = completion.episode
+            assert episode is not None
+            wanted = (completion.tokens == 13) / 3
+            ends = episode.own.cumsum()[episode.ends - 1] - 1
+            wanted[ends] += episode.rewards
+            np.testing.assert_allclose(paid, wanted)
+        assert_close(window.rewards, torch.tensor([p.sum() for p in window.paid()]))
 
 
 @pytest.mark.parametrize("command", ["grpo", "raft"])
@@ -422,6 +455,10 @@ def test_others_learn_from_the_sum(online_run, command):
     "more, words",
     [
         (["--reward_combination", "normalized_sum"], "--reward_combination: wanted sum"),
+        (
+            ["--win_rates", "--num_generations", "2"],
+            "--reward_combination: wanted sum, and no --win",
+        ),
         (["--macro_actions", "ngram", "--macro_size", "0"], "--macro_size: wanted 1 or more"),
         (
             ["--macro_actions", "ngram", "--turn_values", "--environment", f"{REWARDS}:Echo"],

@@ -193,13 +193,15 @@ class Judge:
         return columns, dense
 
     def _pay(self, window: Window, dense: dict[tuple[int, int], Dense]) -> None:
-        """Sets what of the rewards stands at tokens."""
-        if dense and self.config.reward_combination != "sum":
+        """Sets what of the rewards stands at tokens, where all of them add up to the reward."""
+        summed = self.config.reward_combination == "sum" and not self.config.win_rates
+        if dense and not summed:
             raise UserError(
-                f"--reward_combination: wanted sum, for {self.names[min(dense)[1]]} gives rewards "
-                f"to parts of completions; got {self.config.reward_combination}"
+                f"--reward_combination: wanted sum, and no --win_rates, for "
+                f"{self.names[min(dense)[1]]} gives rewards to parts of completions; got "
+                f"{self.config.reward_combination}"
             )
-        if not dense and window.episodes is None:
+        if not summed or not dense and window.episodes is None:
             return
         window.token_rewards = window.paid()
         for i, episode in enumerate(window.episodes or ()):
