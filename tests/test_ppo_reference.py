@@ -22,11 +22,12 @@ from transformers import LlamaForSequenceClassification
 from prefuse.trainer import loop
 from prefuse.trainer.attention import ATTENTION
 from prefuse.trainer.batch import pack
+from prefuse.trainer.critic import ActorCritic, Critic, load_critic
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.experience import Window
 from prefuse.trainer.learners.controls import Controls
-from prefuse.trainer.learners.ppo import ActorCritic, Critic, load_critic, ppo, ppo_method
+from prefuse.trainer.learners.ppo import ppo, ppo_method
 from prefuse.trainer.online_config import PPOConfig
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter

@@ -13,6 +13,7 @@ from prefuse.kernels.objective import Mean
 
 from . import checkpoint, objectives
 from .batch import PackedBatch, pack
+from .critic import ActorCritic, load_critic
 from .data import Example, Sequence
 from .dist import Ranks, shard, start
 from .errors import UserError
@@ -25,7 +26,7 @@ from .learners.extragradient import Extragradient
 from .learners.learner import Learner
 from .learners.pairs import pairs
 from .learners.policy import policy
-from .learners.ppo import ActorCritic, load_critic, ppo, ppo_method
+from .learners.ppo import ppo, ppo_method
 from .learners.raft import raft
 from .loop import autocast, make_optimizer, train
 from .model import export, load_tokenizer

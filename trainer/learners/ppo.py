@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefuse.kernels.advantage import ShapedGae, length_adaptive_lam, shaped_gae
 from prefuse.kernels.credit import (
@@ -20,62 +20,16 @@ from prefuse.kernels.value_losses import value_clipped
 from prefuse.kernels.whitening import Reduce, whiten, whitening_statistics
 
 from ..batch import PackedBatch
+from ..critic import ActorCritic
 from ..data import Example
 from ..environments import turn_rewards
 from ..errors import UserError
 from ..experience import Window
-from ..model import load_tokenizer
 from ..objectives import Method
 from ..online_config import PPOConfig
-from ..reward_model import load_scores
-from ..scores import Scorer, hidden_states
 from .controls import Controls
 from .learner import Learner
 from .policy import policy_method, select
-
-
-class Critic(nn.Module):
-    """A value of the state before every scored token: a transformer with a head of one number."""
-
-    def __init__(self, model, layout: str):
-        super().__init__()
-        self.model, self.layout = model, layout
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """[M], float32; float64 of a float64 model."""
-        rows = hidden_states(self.model, self.layout, batch)[batch.score_rows]
-        values = self.model.score(rows).squeeze(-1)
-        return values if values.dtype == torch.float64 else values.float()
-
-
-class ActorCritic(nn.Module):
-    """What PPO's optimizer steps; cost_critic: of a run with costs."""
-
-    def __init__(self, actor: Scorer, critic: Critic, cost_critic: Critic | None = None):
-        super().__init__()
-        self.actor, self.critic, self.cost_critic = actor, critic, cost_critic
-
-
-def load_critic(config: PPOConfig, tokenizer, flag: str = "critic_model_name_or_path") -> Critic:
-    """A saved critic or reward model; or the policy's body, whose head of zeros says 0 at first."""
-    chosen = getattr(config, flag)
-    name = chosen or config.model_name_or_path
-    if chosen is not None:
-        theirs = load_tokenizer(name, config.trust_remote_code)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"--{flag} {name}: wanted the policy's tokenizer, because the "
-                "critic reads the same tokens; got another vocabulary"
-            )
-    model = load_scores(
-        name,
-        num_labels=1,
-        dtype=getattr(torch, config.dtype),
-        layout=config.layout,
-        trust_remote_code=config.trust_remote_code,
-        zeros=True,
-    )
-    return Critic(model, config.layout)
 
 
 def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -> Learner:
