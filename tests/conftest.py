@@ -16,7 +16,7 @@ if importlib.util.find_spec("prefuse") is None:
     sys.modules["prefuse"] = types.ModuleType("prefuse")
     sys.modules["prefuse"].__path__ = [str(Path(__file__).parents[1])]
 
-pytest_plugins = ["online_runs"]
+pytest_plugins = ["online_runs", "judge_server"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

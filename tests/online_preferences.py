@@ -1,6 +1,7 @@
 """Preference functions of the tests: P(completion beats opponent) of each pair."""
 
 import asyncio
+import os
 import time
 
 BEATS = {("w4", "w6"), ("w5", "w4"), ("w6", "w5")}
@@ -52,3 +53,23 @@ def w7_wins(prompts, completions, opponents, **columns):
     """The share of w7 decides, as the reward of the same task."""
     counts = [[text.split().count("w7") for text in side] for side in (completions, opponents)]
     return [0.5 + (a - b) / 12 for a, b in zip(*counts, strict=True)]
+
+
+def _asked(what):
+    with open(os.environ["ASKED"], "a") as file:
+        file.write(f"{what}\n")
+
+
+def counted(prompts, completions, scale: float = 1.0):
+    _asked("reward")
+    return [scale * text.count("w1") for text in completions]
+
+
+def counted_cost(prompts, completions):
+    _asked("cost")
+    return [float(text.count("w2")) for text in completions]
+
+
+def counted_preference(prompts, completions, opponents):
+    _asked("preference")
+    return w7_wins(prompts, completions, opponents)

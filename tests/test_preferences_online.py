@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from online_runs import REWARDS
-from tiny import scorer_of, tiny_model, tiny_tokenizer
+from judge_server import longer, responses
+from online_runs import FULL, LEARN, PROMPTS, REWARDS
+from tiny import in_float64, scorer_of, tiny_model, tiny_tokenizer, write_rows
 from torch.testing import assert_close
 
+from prefuse.trainer.cli import main
+from prefuse.trainer.config import updated
 from prefuse.trainer.dist import Ranks
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.experience import Window
-from prefuse.trainer.feedback.preferences import bradley_terry
+from prefuse.trainer.feedback.preferences import bradley_terry, load_preference
 from prefuse.trainer.judging import Judge, functions
 from prefuse.trainer.learners.controls import Controls
 from prefuse.trainer.learners.pairs import pairs
@@ -22,6 +25,7 @@ from prefuse.trainer.learners.policy import policy
 from prefuse.trainer.online_config import GRPOConfig, NashMDConfig, OnlineDPOConfig
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.report import Meter
+from prefuse.trainer.rewards import Feedback
 from prefuse.trainer.rollout import Completion
 
 NAN, ALONE = float("nan"), Ranks(0, 1, torch.device("cpu"))
@@ -49,17 +53,13 @@ def window_of(*groups: list[list[int]], others: Window | None = None) -> Window:
 
 
 def judged(config, window: Window, tmp_path: Path, model=None) -> tuple[Window, dict, Lines]:
-    config = type(config)(**{**vars_of(config), "output_dir": str(tmp_path)})
+    config = updated(config, output_dir=str(tmp_path))
     meter, report = Meter(ALONE), Lines()
     scorer = scorer_of(model if model is not None else tiny_model())
     given = functions(config), ALONE, report, meter, scorer
     judge = Judge(config, tiny_tokenizer(), *given)  # pyright: ignore[reportArgumentType]
     judge.judge(window, 1)
     return window, meter.read(), report
-
-
-def vars_of(config) -> dict:
-    return {k: v for k, v in vars(config).items() if k not in ("hyperparameters",)}
 
 
 def config_of(kind, **changes):
@@ -188,3 +188,181 @@ def test_a_reward_model_sees_each_completion_once():
     found = bradley_terry(model)(["p"] * 3, ["a", "a", "bbb"], ["bbb", "cc", "cc"])
     assert_close(found, torch.tensor([-2.0, -1.0, 1.0], dtype=torch.float64).sigmoid().tolist())
     assert sorted(seen) == [("p", "a"), ("p", "bbb"), ("p", "cc")]
+
+
+def test_a_saved_reward_model_prefers_by_its_rewards(online_judge):
+    pair = ["w1 :"], ["w2 w3"], ["w4"]
+    asked = Feedback([load_preference(online_judge)])
+    found = asked(pair[0], pair[1], [[1]], {"opponents": pair[2]}, ["row 0"]).rewards
+    model = Feedback([online_judge])
+    rewards = model(pair[0] * 2, pair[1] + pair[2], [[1]] * 2, {}, ["row 0"] * 2).rewards[:, 0]
+    assert 0.01 < abs(rewards[0] - rewards[1])
+    assert_close(float(found[0, 0]), 1 / (1 + math.exp(rewards[1] - rewards[0])))
+
+
+@pytest.mark.parametrize("ask", ["", '&ask=constitution&principles=["Be long."]'])
+def test_a_judge_compares_both_orders_of_what_is_asked(serve, tmp_path, ask):
+    """It calls the longer better, but the first of a pair with w6 in it."""
+
+    def reply(question, nth):
+        return "Verdict: A" if "w6" in question else longer(question, nth)
+
+    server = serve(reply)
+    spec = f"judge?base_url={server.url}&model=m&cache={tmp_path / 'answers'}{ask}"
+    config = config_of(GRPOConfig, preference_func=spec, num_generations=3,
+                       per_device_train_batch_size=3)  # fmt: skip
+    window, told, _ = judged(config, window_of([[ROCK, ROCK], [PAPER], [SCISSORS]]), tmp_path)
+    wanted = torch.tensor([[[0.5, 1, 0.5], [0, 0.5, 0.5], [0.5, 0.5, 0.5]]], dtype=torch.float64)
+    assert_close(window.wins, wanted)
+    assert len(server.seen) == 6 and told["judge/order_matters"] == pytest.approx(2 / 3)
+    assert {tuple(responses(body["messages"][0]["content"])) for body, *_ in server.seen} == {
+        (a, b) for a in ("w4 w4", "w5", "w6") for b in ("w4 w4", "w5", "w6") if a != b
+    }
+
+
+def certainty_by_hand(model, prompt: list[int], completion: list[int]) -> float:
+    tokens = torch.tensor([*prompt, *completion])
+    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None], cu_seq_lens_q=bounds, use_cache=False).logits[0]
+    p = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return float((-math.log(p.shape[1]) - p).mean())  # sum over V of (1/V) (log 1/V - log p)
+
+
+def test_self_certainty_is_the_kl_from_uniform_to_the_policy(tmp_path):
+    """Beside a reward, with weights, in the order of the flags; an empty completion has none."""
+    model = in_float64(tiny_model(seed=4))
+    funcs = ["length?target=0&scale=1", "self_certainty", "length?target=1&scale=1"]
+    config = config_of(GRPOConfig, reward_funcs=funcs, reward_weights=[0.5, 2.0, 0.25],
+                       num_generations=2, per_device_train_batch_size=4)  # fmt: skip
+    groups = [[ROCK, 20, 30], [PAPER]], [[SCISSORS, 9], []]
+    window, told, _ = judged(config, window_of(*groups), tmp_path, model)
+    certainty = [
+        certainty_by_hand(model, window.prompt_of(i).tokens.tolist(), c.tokens.tolist())
+        for i, c in enumerate(window.completions[:3])
+    ]
+    assert min(certainty) > 0.01
+    assert_close(window.parts[:3, 1].tolist(), certainty, rtol=1e-9, atol=0)
+    assert window.parts[3, 1].isnan()
+    lengths = [3, 1, 2, 0]
+    assert window.parts[:, 0].tolist() == [-n for n in lengths]
+    assert window.parts[:, 2].tolist() == [-abs(n - 1) for n in lengths]
+    wanted = -0.5 * 3 + 2 * certainty[0] - 0.25 * 2
+    assert_close(float(window.rewards[0]), wanted, rtol=1e-9, atol=0)
+    assert_close(told["rewards/self_certainty/mean"], sum(certainty) / 3, rtol=1e-9, atol=0)
+
+
+TEMPLATE = "w30 {question} w31 {answer} w32"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_own_verdicts_are_odds_of_yes(tmp_path, chat):
+    model, tokenizer = in_float64(tiny_model(seed=4)), tiny_tokenizer()
+    spec = f"own_verdict?template={TEMPLATE}&yes=w1 w3&no=w1 w2"  # they differ in the second
+    config = config_of(GRPOConfig, reward_funcs=[spec], num_generations=2,
+                       per_device_train_batch_size=4)  # fmt: skip
+    window = window_of([[ROCK, 20], [PAPER]], [[SCISSORS], [ROCK] * 128])
+    said = ["w4 w14", "w5", "w6"]
+    for i, prompt in enumerate(window.prompts):
+        given = [{"role": "user", "content": f"w{i}"}] if chat else f"w{i}"
+        window.prompts[i] = prompt._replace(prompt=given)
+    window, told, _ = judged(config, window, tmp_path, model)
+    for i, (answer, number) in enumerate(zip(said, (0, 0, 1), strict=True)):
+        question = f"user: w{number}" if chat else f"w{number}"
+        asked = f"w30 {question} w31 {answer} w32"
+        asked = f"user : {asked} assistant : w1" if chat else f"{asked} w1"
+        tokens = torch.tensor([tokenizer(asked)["input_ids"]])
+        bounds = torch.tensor([0, tokens.shape[1]], dtype=torch.int32)
+        with torch.no_grad():
+            p = model(input_ids=tokens, cu_seq_lens_q=bounds).logits[0, -1].softmax(-1)
+        assert_close(float(window.rewards[i]), float(p[9] / (p[9] + p[8])), rtol=1e-9, atol=0)
+    assert window.rewards[3].isnan() and told["own_verdict/too_long"] == 0.25
+    assert window.kept.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        (["--preference_func", "gsm8k"], "gsm8k: wanted f(prompts, completions, opponents"),
+        (["--preference_func", f"{PREFERENCES}:nobody"], "there is no 'nobody' in it"),
+        (["--preference_func", "juge"], "no such reward; did you mean judge?"),
+        (["--preference_func", RPS, "--num_generations", "1"], "--num_generations: wanted 2"),
+        (["--preference_func", RPS, "--eval_fraction", "0.2", "--eval_strategy", "steps"],
+         "--eval_strategy: wanted no, or a --reward_funcs"),
+        (["--preference_func", RPS, "--replay_success", "1"], "--replay_success: wanted rewards"),
+        (["--preference_func", RPS, "--reward_funcs", "gsm8k"], "nothing reads it beside rewards"),
+        (["--preference_func", RPS, "--advantage", "remax"], "--advantage: remax takes off"),
+        ([], "--reward_funcs: wanted a reward"),
+        (["--reward_funcs", "self_certainty?temperature=2"], "self_certainty: wanted no options"),
+        (["--reward_funcs", "own_verdict?yes=1"], "own_verdict: wanted options template, yes, no"),
+        (["--reward_funcs", "own_verdict?template={x}&yes=w1"], "own_verdict: wanted a template"),
+        (["--reward_funcs", "own_verdict"], "words that the tokenizer tells apart; got 'yes'"),
+        (["--cost_funcs", "own_verdict", "--reward_funcs", "length"], "no such reward"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(online_run, more, wanted, capsys):
+    options = ["--max_steps", "1", "--per_device_train_batch_size", "16", *more]
+    with pytest.raises(SystemExit) as exit:
+        online_run("grpo", "out", *options, reward=None)
+    assert exit.value.code == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_second_run_asks_nothing(online_run, tmp_path, monkeypatch):
+    """Rewards, costs and preferences; a folder is as good as a file. A changed option is asked."""
+    counts = tmp_path / "asked"
+    monkeypatch.setenv("ASKED", str(counts))
+    options = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--win_rates"]
+    options += ["--preference_func", f"{PREFERENCES}:counted_preference"]
+    options += ["--cost_funcs", f"{PREFERENCES}:counted_cost", "--num_generations", "4"]
+    options += ["--reward_cache", str(tmp_path / "cache")]
+    spec = f"{PREFERENCES}:counted"
+
+    def run(name: str, reward: str) -> list[tuple]:
+        counts.write_text("")
+        lines = online_run("grpo", name, *options, "--reward_funcs", reward, reward=None)
+        return [(x["loss"], x["reward"], x["cost"]) for x in lines]
+
+    first = run("first", spec)
+    assert {*counts.read_text().split()} == {"reward", "cost", "preference"}
+    assert run("second", spec) == first and counts.read_text() == ""
+    assert (tmp_path / "cache" / "rewards.sqlite").is_file()
+    run("third", f"{spec}?scale=2")
+    assert {*counts.read_text().split()} == {"reward"}
+
+
+def test_intuitors_recipe_runs(online_model, tmp_path):
+    argv = ["train", str(Path(__file__).parents[1] / "recipes" / "intuitor.yaml")]
+    argv += ["--model_name_or_path", online_model, "--output_dir", str(tmp_path / "out")]
+    argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", PROMPTS), "--max_steps", "2"]
+    argv += ["--per_device_train_batch_size", "14", "--gradient_accumulation_steps", "1"]
+    argv += ["--max_completion_length", "6", "--logging_steps", "1", "--bf16", "false"]
+    main([*argv, "--disable_tqdm", "--eval_fraction", "0.1", "--eval_on_start"])
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    start, first, *_ = (json.loads(line) for line in lines)
+    assert start["eval_reward"] > 0 and first["grad_norm"] > 0
+    assert first["reward"] == first["rewards/self_certainty/mean"]
+
+
+WINS = ["--preference_func", f"{PREFERENCES}:w7_wins", *LEARN]
+LEARNERS = [
+    ("rloo", "30", ["--beta", "0", "--num_generations", "8"]),
+    ("nash-md", "60", ["--beta", "0.001", "--num_generations", "4"]),
+    ("online-dpo", "40", ["--loss_type", "sppo", "--beta", "0.1", "--num_generations", "8"]),
+    ("online-dpo", "40", ["--loss_type", "mmpo", "--reanchor", "--beta", "1",
+                          "--num_generations", "8"]),
+    ("online-dpo", "80", ["--loss_type", "egpo", "--num_generations", "4", "--beta", "0.1",
+                          "--extragradient"]),
+    ("online-dpo", "40", ["--loss_type", "xpo", "--num_generations", "2", "--beta", "0.1"]),
+    ("raft", "30", []),
+]  # fmt: skip
+
+
+@FULL
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+@pytest.mark.parametrize("command, steps, more", LEARNERS)
+def test_what_wins_is_learnt(online_run, tmp_path, command, steps, more, seed):
+    online_run(command, "out", *WINS, steps, "--seed", seed, *more, reward=None)
+    rows = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    shares = [row["completion"].split().count("w7") / 6 for row in rows]
+    assert np.mean(shares[:16]) < 0.25 and np.mean(shares[-16:]) >= 0.9

@@ -1,6 +1,5 @@
 """Judges behind an endpoint, which may refuse, be slow, talk nonsense or limit its rate."""
 
-import http.server
 import itertools
 import json
 import math
@@ -10,97 +9,21 @@ import time
 
 import numpy as np
 import pytest
+from judge_server import KEY, longer, responses
 
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.feedback import endpoint
 from prefuse.trainer.feedback.judge import _read_score, _read_verdict
 from prefuse.trainer.rewards import Feedback
 
-KEY = "sk-not-to-be-told"
 PROMPTS = ["1+1", "1+1", "1+1", "2+2", "2+2"]
 COMPLETIONS = ["it is 2, of course", "2", "it is 3", "4", "five"]
 INDICES = ["rows.jsonl:1"] * 3 + ["rows.jsonl:2"] * 2
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers POSTs by `reply(question, nth)`: a message's text, (status, headers, body), or
-    seconds to wait for ever after."""
-
-    request_queue_size = 64
-
-    def __init__(self, reply):
-        self.reply, self.seen, self.lock = reply, [], threading.Lock()
-        self.over, self.busy, self.most = threading.Event(), 0, 0
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        """A client that gave up is no error."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][0]["content"]
-        with self.server.lock:
-            seen = [b["messages"][0]["content"] for b, _, _ in self.server.seen]
-            self.server.seen.append((body, self.path, dict(self.headers)))
-            self.server.busy += 1
-            self.server.most = max(self.server.most, self.server.busy)
-        found = self.server.reply(question, seen.count(question))
-        if found is None:
-            self.server.over.wait(30)
-        if isinstance(found, str):
-            found = 200, {}, json.dumps({"choices": [{"message": {"content": found}}]})
-        with self.server.lock:
-            self.server.busy -= 1
-        status, headers, text = found
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(text)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.02)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    started = []
-
-    def start(reply) -> Server:
-        server = Server(reply)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        started.append(server)
-        return server
-
-    yield start
-    for server in started:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
 
 
 def judged(url, options="", columns=None, on_failure="stop", timeout=10.0):
     spec = f"judge?base_url={url}&model=m&{options}"
     feedback = Feedback([spec], on_failure=on_failure, timeout=timeout)
     return feedback(PROMPTS, COMPLETIONS, [[1]] * 5, columns or {}, INDICES)
-
-
-def responses(question):
-    """The response, or responses, that a question is about."""
-    tags = ("response",) if "<response>" in question else ("response_A", "response_B")
-    return [question.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] for tag in tags]
-
-
-def longer(question, nth):
-    first, second = (len(r) for r in responses(question))
-    return "Verdict: " + ("A" if first > second else "B" if second > first else "tie")
 
 
 def test_scores_are_shares_of_their_range_and_requests_are_the_protocols(serve):

@@ -210,8 +210,9 @@ def _from_module(spec: str) -> Callable:
     if not path:
         raise UserError(
             f"{spec}: no such reward{nearest(spec, BUILTINS)} Built in are "
-            f"{', '.join(sorted(BUILTINS))}; others are package.module.name, file.py:function or a "
-            "reward model's folder"
+            f"{', '.join(sorted(BUILTINS))}, and own_verdict and self_certainty among "
+            "--reward_funcs; others are package.module.name, file.py:function or a reward model's "
+            "folder"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does: a module beside the run
