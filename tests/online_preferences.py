@@ -50,9 +50,9 @@ def no_word_on_paper(prompts, completions, opponents):
 
 
 def w7_wins(prompts, completions, opponents, **columns):
-    """The share of w7 decides, as the reward of the same task."""
+    """The better at the task of online_rewards.py wins: it says more w7."""
     counts = [[text.split().count("w7") for text in side] for side in (completions, opponents)]
-    return [0.5 + (a - b) / 12 for a, b in zip(*counts, strict=True)]
+    return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(*counts, strict=True)]
 
 
 def _asked(what):

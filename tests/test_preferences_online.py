@@ -9,7 +9,16 @@ import pytest
 import torch
 from judge_server import longer, responses
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
-from tiny import in_float64, scorer_of, tiny_model, tiny_tokenizer, write_rows
+from tiny import (
+    command,
+    each_rank,
+    finish,
+    in_float64,
+    scorer_of,
+    tiny_model,
+    tiny_tokenizer,
+    write_rows,
+)
 from torch.testing import assert_close
 
 from prefuse.trainer.cli import main
@@ -344,11 +353,33 @@ def test_intuitors_recipe_runs(online_model, tmp_path):
     assert first["reward"] == first["rewards/self_certainty/mean"]
 
 
+@FULL
+def test_two_ranks_read_the_policy_together(online_model, tmp_path):
+    """Also where one of them has no held-out prompt, and nothing to read."""
+    argv = ["grpo", "--model_name_or_path", online_model, "--max_completion_length", "6"]
+    argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", PROMPTS), "--disable_tqdm"]
+    argv += ["--reward_funcs", "self_certainty", "own_verdict?yes=w1&no=w2", "--max_steps", "2"]
+    argv += ["--logging_steps", "1", "--bf16", "false", "--per_device_train_batch_size", "8"]
+    argv += ["--eval_fraction", "0.03", "--eval_on_start", "--output_dir"]
+    both = [command(*argv, str(tmp_path / "two"), env=env) for env in each_rank(2)]
+    alone = command(*argv, str(tmp_path / "one"), "--gradient_accumulation_steps", "2")
+    assert finish([*both, alone]) == [0, 0, 0]
+    found = [
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    assert found[0][0]["eval_reward"] > 0
+    for one, two in zip(*found, strict=True):
+        for key in one.keys() & {"loss", "grad_norm", "eval_reward", "rewards/own_verdict/mean"}:
+            assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
 WINS = ["--preference_func", f"{PREFERENCES}:w7_wins", *LEARN]
 LEARNERS = [
     ("rloo", "30", ["--beta", "0", "--num_generations", "8"]),
     ("nash-md", "60", ["--beta", "0.001", "--num_generations", "4"]),
-    ("online-dpo", "40", ["--loss_type", "sppo", "--beta", "0.1", "--num_generations", "8"]),
+    ("online-dpo", "40", ["--loss_type", "sppo", "--reanchor", "--beta", "1",
+                          "--num_generations", "8"]),
     ("online-dpo", "40", ["--loss_type", "mmpo", "--reanchor", "--beta", "1",
                           "--num_generations", "8"]),
     ("online-dpo", "80", ["--loss_type", "egpo", "--num_generations", "4", "--beta", "0.1",
