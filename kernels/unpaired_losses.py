@@ -67,6 +67,7 @@ def dro_v(x: Labelled, *, tau: float = 1.0) -> Objective:
 
     The policy's gradient is of order tau: give the two their own learning rates.
     """
+    expect(tau > 0, "tau", "a positive number", tau)
     rho = x.log_ratio()
     loss = (x.need("reward") - x.need("value") - tau * rho) ** 2 / 2
     return _objective(loss, tau * rho)

@@ -20,8 +20,7 @@ def rows_of(loss_type: str) -> list[dict]:
     rows = [{**row, "margin": k % 3 - 0.5} for k, row in enumerate(pair_rows(24))]
     if loss_type != "dro_v":
         return rows
-    rows = [{**row, "completion": row.pop("chosen"), "reward": row["margin"]} for row in rows]
-    return rows
+    return [{"prompt": r["prompt"], "completion": r["chosen"], "reward": r["margin"]} for r in rows]
 
 
 @pytest.fixture(scope="module")

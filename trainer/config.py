@@ -200,6 +200,23 @@ class KTOConfig(OfflineConfig):
 
     loss_type: str = flag(default="kto", help="Which unpaired loss; see `prefuse methods`.")
     hyperparameters: dict[str, Any] = field(init=False, default_factory=dict)  # by their own flags
+    critic_model_name_or_path: str | None = flag(
+        default=None,
+        help="For dro_v: a critic or reward model with the policy's tokenizer. Unset: the policy's "
+        "body with a head of zeros.",
+    )
+    critic_learning_rate: float | None = flag(
+        default=None, help="Of dro_v's critic; learning_rate if unset."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        rate = self.critic_learning_rate
+        fits = rate is None or 0 <= rate < math.inf
+        require(fits, "critic_learning_rate", "a number from 0", rate)
+        for name in ("critic_model_name_or_path", "critic_learning_rate"):
+            given = getattr(self, name) is not None and self.loss_type != "dro_v"
+            require(not given, name, "--loss_type dro_v, which has a critic", self.loss_type)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ from prefuse.kernels.preference_parts import Labelled
 
 from .batch import PackedBatch, pack
 from .config import KTOConfig
+from .critic import ActorCritic, load_critic
 from .data import Example
 from .dist import Ranks
 from .errors import UserError
-from .kto_data import kto_examples, mismatched, partners, prompt_of
+from .kto_data import kto_examples, mismatched, partners, prompt_of, up_to_prompt
 from .objectives import Method, Reference, sequence_logps
 from .offline import referenced, run
 
 COLUMNS = ("label", "reward", "value")  # of the data, where a loss reads them
+CRITIC = "dro_v"  # learns the value itself
 DECAY = 0.9  # of BCO's moving averages; the paper names none
 
 
@@ -39,7 +41,8 @@ class Shift(NamedTuple):
 def judged_columns(loss_type: str) -> tuple[str, ...]:
     """The columns of the data, besides its texts, that a loss reads."""
     needed = inputs(UNPAIRED_LOSSES[loss_type], Labelled)
-    return tuple(name for name in COLUMNS if name in needed)
+    needed = tuple(name for name in COLUMNS if name in needed)
+    return tuple(name for name in needed if name != "value" or loss_type != CRITIC)
 
 
 def run_kto(config: KTOConfig) -> None:
@@ -63,13 +66,15 @@ def run_kto(config: KTOConfig) -> None:
             )
         return referenced(
             config, scorer, examples, ranks, report,
-            lambda reference: method(
+            lambda reference: dro(reference, examples, config.hyperparameters)
+            if config.loss_type == CRITIC
+            else method(
                 reference, examples, config.loss_type, config.hyperparameters, ranks,
                 config.max_length,
             ),
         )  # fmt: skip
 
-    run(config, "kto", tokenize, make)
+    run(config, "kto", tokenize, make, beside=load_critic if config.loss_type == CRITIC else None)
 
 
 def method(
@@ -113,6 +118,31 @@ def method(
         return Method(objective, "sequence")
     modules = {} if shift.module is None else {"shift": shift.module}
     return Method(objective, "sequence", shift.after_step, modules, shift.before_step)
+
+
+def dro(reference: Reference, examples: list[Example], hyperparameters: dict[str, Any]) -> Method:
+    """DRO-V: one squared error for the policy and for a critic that reads the prompt alone.
+
+    The policy's gradient is divided by tau, as the paper writes it: -(r - V) grad l + tau / 2 grad
+    rho^2. Else it would vanish with tau beside the critic's.
+    """
+
+    def objective(both: ActorCritic, batch: PackedBatch) -> Objective:
+        logp = sequence_logps(both.actor, batch)
+        prompts = [up_to_prompt(examples[i]) for i in batch.examples.tolist()]
+        value = both.critic(pack(prompts, share=False).to(batch.tokens.device))
+        paced = logp.detach() + (logp - logp.detach()) / hyperparameters["tau"]
+        found = unpaired_loss(
+            paced,
+            loss_type=CRITIC,
+            ref_logp=reference(batch),
+            reward=batch.judged.reshape(len(batch.examples)),
+            value=value,
+            **hyperparameters,
+        )
+        return found._replace(metrics={**found.metrics, "values": value.detach()})
+
+    return Method(objective, "sequence")
 
 
 def divergence(

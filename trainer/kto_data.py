@@ -79,6 +79,13 @@ def prompt_of(example: Example) -> np.ndarray:
     return np.split(example.sequences[0].tokens, [_start(example)])[0]
 
 
+def up_to_prompt(example: Example) -> Example:
+    """The prompt, and one token more, which is predicted where the prompt ends."""
+    end = _start(example)
+    tokens = example.sequences[0].tokens[: end + 1]
+    return replace(example, sequences=(Sequence(tokens, np.arange(len(tokens)) == end),))
+
+
 def mismatched(example: Example, other: Example, max_length: int | None) -> Example:
     """The prompt of one example with the completion of another."""
     prompt = prompt_of(example)

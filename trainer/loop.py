@@ -123,13 +123,20 @@ def backward(
 
 
 def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
-    """AdamW with no decay on vectors, or SGD."""
-    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    """AdamW with no decay on vectors, or SGD; a critic may have a learning rate of its own."""
+    own = getattr(config, "critic_learning_rate", None)
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in scorer.named_parameters():
+        if p.requires_grad:
+            kinds.setdefault((name.startswith("critic."), p.dim() <= 1), []).append(p)
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if vectors else config.weight_decay,
+            "lr": own if critics and own is not None else config.learning_rate,
+        }
+        for (critics, vectors), parameters in sorted(kinds.items(), key=lambda item: item[0])
     ]
-    groups = [g for g in groups if g["params"]]
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(

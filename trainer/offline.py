@@ -12,6 +12,7 @@ import torch
 from . import checkpoint, objectives
 from .batch import pack
 from .config import DPOConfig, OfflineConfig, SFTConfig, TrainConfig, updated
+from .critic import ActorCritic
 from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, decoder_layers, shard, start
 from .errors import UserError
@@ -76,7 +77,8 @@ def referenced(
     return method
 
 
-def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> None:
+def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside=None) -> None:
+    """beside: loads a critic that is trained with the policy, for methods that have one."""
     ranks = start()
     config = resolve(config, ranks)
     claim_folder(config, ranks)
@@ -98,14 +100,25 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None) -> Non
     method = make_method(config, scorer, examples + held_out, ranks, report)
     prepare(config, scorer)
     scorer = shard(scorer, ranks)
+    trained, kept = scorer, {".": scorer}
+    if beside is not None:
+        critic = beside(config, tokenizer).to(ranks.device)
+        kept["critic"] = shard(critic, ranks)
+        trained = ActorCritic(scorer, kept["critic"])
     schedule = Schedule(examples, config, ranks)
-    optimizer = make_optimizer(scorer, config)
-    evaluation = partial(evaluate, config, method, scorer, held_out, ranks) if held_out else None
-    train(config, method, scorer, optimizer, schedule, evaluation, ranks, report, Meter(ranks))
-    state = checkpoint.full_state(scorer, ranks)
-    if ranks.is_main:
-        export(scorer.model, state, tokenizer, Path(config.output_dir))
-        report.say(f"exported {config.output_dir}")
+    optimizer = make_optimizer(trained, config)
+    evaluation = partial(evaluate, config, method, trained, held_out, ranks) if held_out else None
+    train(config, method, trained, optimizer, schedule, evaluation, ranks, report, Meter(ranks))
+    export_all(config.output_dir, kept, tokenizer, ranks, report)
+
+
+def export_all(folder: str, kept: dict[str, Any], tokenizer, ranks: Ranks, report) -> None:
+    """Each model where `from_pretrained` loads it, by its place in the run's folder."""
+    for name, module in kept.items():
+        state, place = checkpoint.full_state(module, ranks), Path(folder, name)
+        if ranks.is_main:
+            export(module.model, state, tokenizer, place)
+            report.say(f"exported {place}")
     ranks.barrier()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from prefuse.kernels.objective import Mean
 
-from . import checkpoint, objectives
+from . import objectives
 from .batch import PackedBatch, pack
 from .critic import ActorCritic, load_critic
 from .data import Example, Sequence
@@ -29,8 +28,8 @@ from .learners.policy import policy
 from .learners.ppo import ppo, ppo_method
 from .learners.raft import raft
 from .loop import autocast, make_optimizer, train
-from .model import export, load_tokenizer
-from .offline import load_scorer, prepare, resolve, train_and_held_out
+from .model import load_tokenizer
+from .offline import export_all, load_scorer, prepare, resolve, train_and_held_out
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
 from .prompts import Prompt, load_prompts
 from .replay import Replay
@@ -103,19 +102,9 @@ def _prompts(config: OnlineConfig, tokenizer) -> tuple[list[Prompt], list[Prompt
 
 
 def _export(config: OnlineConfig, models: Models, tokenizer, ranks: Ranks, report: Report) -> None:
-    folder = Path(config.output_dir)
-    kept: dict[Path, Any] = {folder: models.policy}
-    kept |= {
-        folder / name: model
-        for name in ("critic", "cost_critic")
-        if (model := getattr(models, name)) is not None
-    }
-    for place, module in kept.items():
-        state = checkpoint.full_state(module, ranks)
-        if ranks.is_main:
-            export(module.model, state, tokenizer, place)
-            report.say(f"exported {place}")
-    ranks.barrier()
+    kept = {".": models.policy, "critic": models.critic, "cost_critic": models.cost_critic}
+    kept = {name: model for name, model in kept.items() if model is not None}
+    export_all(config.output_dir, kept, tokenizer, ranks, report)
 
 
 def _load(config: OnlineConfig, name: str, tokenizer, examples: list[Example], ranks: Ranks):
