@@ -495,3 +495,17 @@ def test_a_reward_at_the_end_teaches_little_without_a_future(online_run):
     options = [*LEARN, "80", "--beta", "0", "--gamma", "0"]
     lines = online_run("ppo", "out", *options, reward="share_of_w7")
     assert [x["reward"] for x in lines if "reward" in x][-1] < 0.5
+
+
+def test_resume_is_straight_through(online_run, tmp_path):
+    """With successes that are replayed, what their tokens were paid included."""
+    more = [*SHORT[:-1], "6", "--num_iterations", "1", "--num_generations", "2"]
+    more += ["--replay_success", "0.3", "--macro_actions", "ngram", "--macro_size", "2"]
+    straight = online_run("ppo", "straight", *more, reward="w7_of_tokens")
+    online_run("ppo", "broken", *more, "--save_steps", "4", reward="w7_of_tokens")
+    place = str(tmp_path / "broken/checkpoint-4")
+    options = [*more, "--resume_from_checkpoint", place]
+    resumed = online_run("ppo", "broken", *options, reward="w7_of_tokens")
+    assert max(x["sampling/replayed"] for x in straight[4:]) > 0
+    for key in ("loss", "reward", "value_loss", "grad_norm", "sampling/replayed"):
+        assert [x.get(key) for x in resumed] == [x.get(key) for x in straight]

@@ -110,29 +110,60 @@ def places(ends: Sequence[int], tokens: np.ndarray, tokenizer) -> list[int]:
     first prefix whose text has the characters is found by halving. Where a vocabulary lacks several
     characters in a row and spells them in bytes, the token may be that of a later one of them.
     """
-    texts: dict[int, str] = {}
-
-    def text(count: int) -> str:
-        if count not in texts:
-            texts[count] = tokenizer.decode(tokens[:count], skip_special_tokens=True)
-        return texts[count]
-
-    whole, low, found = text(len(tokens)), 0, {}
+    prefix, found, low = _Prefix(tokens, tokenizer), {}, 0
     for end in sorted(set(ends)):
-        if end > len(whole):
-            raise UserError(f"a span ends at {end} of a text of {len(whole)} characters")
-        low, high, stride = max(low - 1, 0), len(tokens), 1
+        if end > len(prefix.whole):
+            raise UserError(f"a span ends at {end} of a text of {len(prefix.whole)} characters")
+        high, stride = len(tokens), 1  # low is too short, high long enough
         while low + stride < high:  # most spans end soon after the one before
-            if text(low + stride)[:end] == whole[:end]:
+            if prefix.has(end, low + stride):
                 high = low + stride
             else:
                 low, stride = low + stride, 2 * stride
         while high - low > 1:
             middle = (low + high) // 2
-            if text(middle)[:end] == whole[:end]:
+            if prefix.has(end, middle):
                 high = middle
             else:
                 low = middle
-        found[end] = high - 1
-        low = high
+        found[end], low = high - 1, high - 1
+        prefix.pass_over(high)
     return [found[end] for end in ends]
+
+
+class _Prefix:
+    """Texts of prefixes, each decoded from a few tokens before one whose text is known."""
+
+    CONTEXT = range(4, 8)  # tokens; one of four begins a character
+
+    def __init__(self, tokens: np.ndarray, tokenizer):
+        self.tokens, self.tokenizer = tokens, tokenizer
+        self.whole = self._text(0, len(tokens))
+        self.start, self.shown, self.known = 0, "", 0  # whole[: known] ends with shown
+
+    def has(self, end: int, count: int) -> bool:
+        """Whether the first `count` tokens have the characters before `end`."""
+        known, more = self._more(count)
+        return more[: end - known] == self.whole[known:end]
+
+    def pass_over(self, count: int) -> None:
+        """Later prefixes are decoded from about here on, unless a character is cut."""
+        known, more = self._more(count)
+        reached = known + len(more)
+        if reached == self.known or not self.whole.startswith(more, known):
+            return
+        for start in (max(0, count - size) for size in self.CONTEXT):
+            shown = self._text(start, count)
+            if shown and self.whole.endswith(shown, 0, reached):
+                self.start, self.shown, self.known = start, shown, reached
+                return
+
+    def _more(self, count: int) -> tuple[int, str]:
+        """What comes after the characters that are known, of which there may be none."""
+        text = self._text(self.start, count)
+        if text.startswith(self.shown):
+            return self.known, text[len(self.shown) :]
+        return 0, self._text(0, count)
+
+    def _text(self, start: int, stop: int) -> str:
+        return self.tokenizer.decode(self.tokens[start:stop], skip_special_tokens=True)
