@@ -340,6 +340,16 @@ def test_a_second_run_asks_nothing(online_run, tmp_path, monkeypatch):
     assert {*counts.read_text().split()} == {"reward"}
 
 
+def test_a_run_by_preferences_alone_is_reported(online_run, tmp_path):
+    """Its reward is 1/2 by construction, which is no lack of progress; failures are counted."""
+    options = ["--preference_func", f"{PREFERENCES}:not_finite", "--reward_failure", "skip"]
+    options += ["--per_device_train_batch_size", "16", "--max_steps", "2"]
+    lines = online_run("grpo", "out", *options, reward=None)
+    assert all(x["reward"] == 0.5 and x["preferences/failed"] == 0 for x in lines)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Preferences failed in 0 of 2 logged steps." in page and "Reward went from" not in page
+
+
 def test_intuitors_recipe_runs(online_model, tmp_path):
     argv = ["train", str(Path(__file__).parents[1] / "recipes" / "intuitor.yaml")]
     argv += ["--model_name_or_path", online_model, "--output_dir", str(tmp_path / "out")]

@@ -90,6 +90,8 @@ def _progress(run: Run) -> Iterator[Check]:
         found = ends(run.metrics[name]) if name in run.metrics else None
         if found is None or (name == "loss" and "reward" in run.metrics):
             continue  # a policy-gradient loss says nothing of progress
+        if name == "reward" and _compares(run):
+            continue  # nor do win rates among a policy's own completions
         first, last = found
         verb = "rose" if last > first else "fell" if last < first else "went"
         text = f"{title} {verb} from {short(first)} to {short(last)}."
@@ -103,6 +105,12 @@ def _progress(run: Run) -> Iterator[Check]:
             yield Check("warn", f"{text} and ended at {short(last)}: overfitting.")
         else:
             yield Check("good", f"Held-out loss ended at {short(last)}; lowest: {short(best)}.")
+
+
+def _compares(run: Run) -> bool:
+    """Whether completions are compared with each other and have no rewards."""
+    rewards = run.config.get("reward_funcs") or run.config.get("environment")
+    return bool(run.config.get("preference_func")) and not rewards
 
 
 def _limits(run: Run) -> Iterator[Check]:
@@ -129,11 +137,12 @@ def _limits(run: Run) -> Iterator[Check]:
         if found:
             mark = "warn" if found[1] > most else "good"
             yield Check(mark, f"At the end {what.format(found[1])}.")
-    failed = run.metrics["rewards/failed"].finite() if "rewards/failed" in run.metrics else []
-    if failed:
-        steps = sum(v != 0 for _, v in failed)
-        text = f"Rewards failed in {steps} of {len(failed)} logged steps."
-        yield Check("warn" if steps else "good", text)
+    for name, what in (("rewards/failed", "Rewards"), ("preferences/failed", "Preferences")):
+        failed = run.metrics[name].finite() if name in run.metrics else []
+        if failed:
+            steps = sum(v != 0 for _, v in failed)
+            text = f"{what} failed in {steps} of {len(failed)} logged steps."
+            yield Check("warn" if steps else "good", text)
 
 
 def _rows(run: Run) -> Iterator[Check]:
