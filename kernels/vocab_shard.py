@@ -193,3 +193,36 @@ class _Whole(torch.autograd.Function):
 def whole(own: Tensor, shard: VocabShard) -> Tensor:
     """All ranks' entries of a weight or bias; each keeps the gradient of its own."""
     return _Whole.apply(own, Tokens.of(shard, own))
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, tokens, padding_idx):
+        everyones = tokens.all(ids)
+        entries = everyones - tokens.shard.start
+        inside = (entries >= 0) & (entries < len(weight))
+        everything = weight.new_zeros((len(entries), weight.shape[1]))
+        everything[inside] = weight[entries[inside]]
+        learnt = inside if padding_idx is None else inside & (everyones != padding_idx)
+        ctx.save_for_backward(entries, learnt)
+        ctx.tokens, ctx.entries = tokens, len(weight)
+        return tokens.scattered(everything)
+
+    @staticmethod
+    def backward(ctx, grad):
+        entries, learnt = ctx.saved_tensors
+        everything = ctx.tokens.all(grad)
+        d_weight = grad.new_zeros((ctx.entries, grad.shape[1]))
+        d_weight.index_add_(0, entries[learnt], everything[learnt])
+        return None, d_weight, None, None
+
+
+def embedding(
+    ids: Tensor, weight: Tensor, shard: VocabShard, padding_idx: int | None = None
+) -> Tensor:
+    """F.embedding of this rank's own tokens [n] from a weight in shards [v, H] -> [n, H].
+
+    The ids of all ranks are gathered and the rows that they found are scattered: a SUM in which one
+    rank has the number and the others 0. As in F.embedding, padding_idx has no gradient.
+    """
+    return _Embedding.apply(ids, weight, Tokens.of(shard, ids), padding_idx)

@@ -16,10 +16,11 @@ from prefuse.trainer import checkpoint, loop, objectives
 from prefuse.trainer.cli import main
 from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.data import Example
-from prefuse.trainer.dist import Ranks, shard, start
+from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.report import Meter, Report, claim_folder
 from prefuse.trainer.schedule import Schedule
+from prefuse.trainer.sharding import FULL, Sharding, shard
 
 ROWS_PER_STEP, STEPS = 8, 5
 # 13 rows: every second step has 5, so that of 4 ranks with 2 rows each one has nothing
@@ -27,6 +28,12 @@ PAIRS = ragged_pairs(13)
 SINGLES = [replace(e, sequences=e.sequences[:1]) for e in PAIRS]
 # (method, tied embeddings): the reference is a second, sharded model
 METHODS = {"sft": ("sft", True), "dpo": ("sigmoid", False)}
+SHARDINGS = {
+    "gathered head": Sharding(shard_head=False),
+    "hsdp": Sharding("hsdp", group_size=2),
+    "copies": Sharding("none"),
+    "kept": Sharding(reshard_after_forward=False),
+}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -70,13 +77,17 @@ def config_of(folder: Path, **changes) -> DPOConfig:
     return DPOConfig(**settings | changes)
 
 
-def models_of(method: str, dtype: torch.dtype, ranks: Ranks, moving: bool = False):
+def shardings(world: int) -> dict[str, Sharding]:
+    return SHARDINGS if world > 1 else {}
+
+
+def models_of(method: str, dtype: torch.dtype, ranks: Ranks, moving: bool = False, how=FULL):
     """The sharded policy and the method it is trained by; moving: its reference is."""
     loss, tie = METHODS[method]
     made = [tiny_model(tie=tie, seed=seed) for seed in (0, 1)]
     if dtype == torch.float64:
         made = [in_float64(m) for m in made]
-    scorer, frozen = (shard(scorer_of(m), ranks, k == 1) for k, m in enumerate(made))
+    scorer, frozen = (shard(scorer_of(m), ranks, how, k == 1) for k, m in enumerate(made))
     if loss == "sft":
         return scorer, objectives.sft()
     reference = objectives.live_reference(frozen.requires_grad_(False))
@@ -117,10 +128,12 @@ def train(method: str, config, scorer, objective, ranks: Ranks, held_out=()) -> 
     return report.seen
 
 
-def gradient_and_training(folder: Path, method: str, dtype: str, split: dict, ranks: Ranks):
+def gradient_and_training(
+    folder: Path, method: str, dtype: str, split: dict, ranks: Ranks, how: Sharding = FULL
+):
     """The gradient of the step with 5 rows, then the parameters after 5 steps of SGD."""
     config = config_of(folder, **split)
-    scorer, objective = models_of(method, DTYPES[dtype], ranks)
+    scorer, objective = models_of(method, DTYPES[dtype], ranks, how=how)
     schedule = Schedule(examples_of(method), config, ranks)
     loop.backward(config, objective, scorer, schedule.step(1), ranks, Meter(ranks))
     found = gradients(scorer)
@@ -242,6 +255,13 @@ def every_case(folder: Path, ranks: Ranks) -> dict:
             for dtype in DTYPES:
                 where = folder / f"{name}-{method}-{dtype}"
                 result = gradient_and_training(where, method, dtype, split, ranks)
+                found[name, method, dtype] = result
+    split = splits(ranks.world)["repacked"]
+    for name, how in shardings(ranks.world).items():
+        for method in METHODS:
+            for dtype in DTYPES:
+                where = folder / f"{name}-{method}-{dtype}"
+                result = gradient_and_training(where, method, dtype, split, ranks, how)
                 found[name, method, dtype] = result
     split = next(iter(splits(ranks.world).values()))
     found["bf16"] = mixed_precision(folder / "bf16", split, ranks)

@@ -100,7 +100,7 @@ def oracle(method: str) -> dict:
     return wanted
 
 
-CASES = [(w, split) for w in WORLDS for split in worker.splits(w)]
+CASES = [(w, name) for w in WORLDS for name in (*worker.splits(w), *worker.shardings(w))]
 
 
 @pytest.mark.parametrize("world, split", CASES)

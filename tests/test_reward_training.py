@@ -34,7 +34,7 @@ from prefuse.trainer.batch import pack
 from prefuse.trainer.cli import main
 from prefuse.trainer.config import RewardConfig
 from prefuse.trainer.data import Example
-from prefuse.trainer.dist import Ranks, shard, start
+from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.model import load_tokenizer
 from prefuse.trainer.report import Meter
@@ -42,6 +42,7 @@ from prefuse.trainer.reward_data import FORMATS, read_at_end, reward_examples
 from prefuse.trainer.reward_model import RewardModel, RewardScorer, fresh_head, load_scores
 from prefuse.trainer.rows import Row, load_rows
 from prefuse.trainer.schedule import Schedule
+from prefuse.trainer.sharding import shard
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 LAYOUTS = ("shared", "packed", "padded")

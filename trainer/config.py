@@ -82,6 +82,30 @@ class TrainConfig:
         "Unset: 4096 on a GPU, 1024 on a CPU.",
     )
 
+    fsdp: Literal["full", "hsdp", "none"] = flag(
+        default="full",
+        help="Of several ranks: weights in shards over all; in groups that each have all shards; "
+        "whole on every rank.",
+    )
+    fsdp_group_size: int | None = flag(
+        default=None, help="Ranks of an hsdp group. Unset: those of a node, as torchrun says."
+    )
+    fsdp_reshard_after_forward: bool = flag(
+        default=True, help="Gather layers again for the backward pass; false costs their memory."
+    )
+    fsdp_param_dtype: Literal["float32", "bfloat16"] | None = flag(
+        default=None,
+        help="In which gathered weights are computed with. Unset: bfloat16 on GPUs with bf16.",
+    )
+    fsdp_cpu_offload: bool = flag(
+        default=False, help="Shards and the optimizer's state stay in the host's memory."
+    )
+    shard_head: bool = flag(
+        default=True,
+        help="With fsdp full: the head, and an embedding tied to it, stay in shards; hidden states "
+        "travel in their place.",
+    )
+
     logging_steps: int = flag(default=10, help="Steps between log lines.")
     logging_first_step: bool = flag(default=True, help="Log the first step, too.")
     eval_strategy: Literal["no", "steps", "epoch"] = flag(default="no", help="When to evaluate.")
@@ -112,6 +136,8 @@ class TrainConfig:
         longest = self.max_length
         require(longest is None or longest >= 2, "max_length", "2 or more", longest)
         held_out = self.eval_dataset_name is not None or self.eval_fraction > 0
+        grouped = self.fsdp_group_size is None or self.fsdp == "hsdp"
+        require(grouped, "fsdp_group_size", "unset, or fsdp hsdp", self.fsdp_group_size)
         require(
             self.eval_strategy == "no" or held_out,
             "eval_strategy",
@@ -128,6 +154,7 @@ COUNTS = (
     "logging_steps",
     "eval_steps",
     "save_total_limit",
+    "fsdp_group_size",
 )
 
 

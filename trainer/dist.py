@@ -1,4 +1,4 @@
-"""Ranks: one process without torchrun, FSDP2 over all of them with it."""
+"""Ranks: one process without torchrun, those that it starts with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 
-Model = TypeVar("Model", bound=nn.Module)
 T = TypeVar("T")
 
 
@@ -71,23 +69,3 @@ def start() -> Ranks:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def shard(scorer: Model, ranks: Ranks, frozen: bool = False) -> Model:
-    """FSDP2: each decoder layer, and the rest with the scorer itself as the root.
-
-    frozen: no backward follows, which would reshard the root: its own forward does.
-    """
-    if ranks.world > 1:
-        for layer in decoder_layers(scorer):
-            fully_shard(layer)
-        fully_shard(scorer, reshard_after_forward=True if frozen else None)
-    return scorer
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks, by the class names transformers gives for them."""
-    names = set()
-    for module in model.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if type(m).__name__ in names]

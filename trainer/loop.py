@@ -22,6 +22,7 @@ from .errors import UserError
 from .objectives import Method
 from .report import Meter, Report
 from .schedule import Steps, share_out
+from .sharding import reduce_at
 
 
 def train(
@@ -114,8 +115,8 @@ def backward(
         with autocast(config, ranks):
             objective = method.objective(scorer, batch)
         loss = objective.loss.sum()
-        # FSDP averages gradients over ranks; the global mean wants their sum
-        (loss * (ranks.world / units)).backward()
+        reduce_at(scorer, last=batch is batches[-1])
+        (loss / units).backward()
         losses.append(loss.detach())
         meter.add({"loss": objective.loss, **objective.metrics})
         meter.tokens += batch.n_tokens

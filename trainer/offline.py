@@ -14,7 +14,7 @@ from .batch import pack
 from .config import DPOConfig, OfflineConfig, SFTConfig, TrainConfig, updated
 from .critic import ActorCritic
 from .data import Example, pair_examples, sft_examples
-from .dist import Ranks, decoder_layers, shard, start
+from .dist import Ranks, start
 from .errors import UserError
 from .loop import autocast, evaluate, make_optimizer, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
@@ -23,6 +23,7 @@ from .report import Meter, Report, claim_folder
 from .rows import Row, load_rows
 from .schedule import Schedule, share_out
 from .scores import Scorer, probe
+from .sharding import decoder_layers, shard, sharding_of
 
 
 def run_sft(config: SFTConfig) -> None:
@@ -99,11 +100,11 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     report.rows(ledgers)
     method = make_method(config, scorer, examples + held_out, ranks, report)
     prepare(config, scorer)
-    scorer = shard(scorer, ranks)
+    scorer = shard(scorer, ranks, sharding_of(config, ranks))
     trained, kept = scorer, {".": scorer}
     if beside is not None:
         critic = beside(config, tokenizer).to(ranks.device)
-        kept["critic"] = shard(critic, ranks)
+        kept["critic"] = shard(critic, ranks, sharding_of(config, ranks))
         trained = ActorCritic(scorer, kept["critic"])
     schedule = Schedule(examples, config, ranks)
     optimizer = make_optimizer(trained, config)
@@ -189,7 +190,7 @@ def _reference(
     if scorer.layout != config.layout:
         raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
     scorer.requires_grad_(False)
-    scorer = shard(scorer, ranks, frozen=True)
+    scorer = shard(scorer, ranks, sharding_of(config, ranks), frozen=True)
     score = objectives.live_reference(scorer)
 
     def autocast_score(batch):

@@ -14,7 +14,7 @@ from . import objectives
 from .batch import PackedBatch, pack
 from .critic import ActorCritic, load_critic
 from .data import Example, Sequence
-from .dist import Ranks, shard, start
+from .dist import Ranks, start
 from .errors import UserError
 from .experience import Window
 from .held_out import HeldOut
@@ -36,6 +36,7 @@ from .replay import Replay
 from .report import Meter, Report, claim_folder
 from .sampling import Sampler, play, sources
 from .scores import Scorer
+from .sharding import shard, sharding_of
 
 
 class Models(NamedTuple):
@@ -135,14 +136,15 @@ def _sharded(
 ) -> Models:
     """Over ranks, with the critics where there are any."""
     prepare(config, scorer)
-    policy = shard(scorer, ranks)
+    how = sharding_of(config, ranks)
+    policy = shard(scorer, ranks, how)
     if reference is not None:
-        reference = shard(reference, ranks, frozen=True)
+        reference = shard(reference, ranks, how, frozen=True)
     if not isinstance(config, PPOConfig):
         return Models(policy, policy, reference)
     flags = ["critic_model_name_or_path"]
     flags += ["cost_critic_model_name_or_path"] if config.cost_funcs else []
-    critics = [shard(load_critic(config, tokenizer, f).to(ranks.device), ranks) for f in flags]
+    critics = [shard(load_critic(config, tokenizer, f).to(ranks.device), ranks, how) for f in flags]
     return Models(policy, ActorCritic(policy, *critics), reference, *critics)
 
 

@@ -13,11 +13,13 @@ from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence
 from .errors import UserError
 from .model import head_options, output_head
+from .sharding import local_rows
 
 
 class Scorer(nn.Module):
-    """A model that scores packed batches. FSDP wraps it whole, so that the head's weight is
-    gathered, and its gradient reduced, by FSDP's own hooks around `forward`."""
+    """A model that scores packed batches. FSDP wraps it whole, so that a head it shards is
+    gathered, and its gradient reduced, by its own hooks around `forward`; a head in shards of our
+    own (sharding.py) is read as it is."""
 
     def __init__(
         self,
@@ -50,16 +52,18 @@ class Scorer(nn.Module):
         """TokenStats of the scored tokens; with `token_loss`, its loss [M] and the TokenStats."""
         rows = hidden_states(self.model, self.layout, batch)[batch.score_rows]
         head = output_head(self.model)
+        weight, place = local_rows(head.weight)
         options = dict(
             self.options._asdict(),
-            bias=head.bias,
+            bias=None if head.bias is None else local_rows(head.bias)[0],
             outputs=outputs,
             temperature=self.temperature,
             budget_bytes=self.head_budget,
+            group=place,
         )
         if token_loss is None:
-            return linear_logp(rows, head.weight, batch.targets, **options)
-        return linear_token_loss(rows, head.weight, batch.targets, token_loss, *extras, **options)
+            return linear_logp(rows, weight, batch.targets, **options)
+        return linear_token_loss(rows, weight, batch.targets, token_loss, *extras, **options)
 
 
 def hidden_states(model: PreTrainedModel, layout: str, batch: PackedBatch) -> Tensor:
