@@ -35,11 +35,12 @@ from prefuse.trainer.cli import main
 from prefuse.trainer.config import KTOConfig
 from prefuse.trainer.critic import ActorCritic, Critic
 from prefuse.trainer.data import Example
-from prefuse.trainer.dist import Ranks, shard, start
+from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.kto_data import kto_examples, prompt_of
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rows import Row
 from prefuse.trainer.schedule import Schedule
+from prefuse.trainer.sharding import shard
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TAU = 0.3

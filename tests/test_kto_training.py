@@ -31,12 +31,13 @@ from prefuse.trainer import kto, loop, objectives
 from prefuse.trainer.cli import main
 from prefuse.trainer.config import KTOConfig
 from prefuse.trainer.data import Example
-from prefuse.trainer.dist import Ranks, shard, start
+from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.kto_data import kto_examples, mismatched, partners, prompt_of
 from prefuse.trainer.report import Meter
 from prefuse.trainer.rows import Row
 from prefuse.trainer.schedule import Schedule
+from prefuse.trainer.sharding import shard
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
