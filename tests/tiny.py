@@ -1,8 +1,10 @@
 """Tiny models, tokenizers and rows that the system tests make on the fly."""
 
+import functools
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed import TCPStore
 
 from prefuse.trainer.attention import ATTENTION
@@ -28,6 +30,7 @@ def needs(package: str, extra: str) -> pytest.MarkDecorator:
 
 HERE = Path(__file__).parent
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(42))]
+PLAIN = ["the", "cat", "sat", "on", "\n", "return", "a"]
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }} </s> {% endgeneration %}"
@@ -75,6 +78,25 @@ def tiny_tokenizer(*, eos: str | None = "</s>", chat_template: str | None = CHAT
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+@functools.cache
+def byte_tokenizer(size: int = 300):
+    """Byte-level BPE of a few words: a character of several bytes is several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore
+    rng = random.Random(0)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(rng.choices(PLAIN, k=20)) for _ in range(99)], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def write_model(folder: Path, model=None, tokenizer=None) -> str:
