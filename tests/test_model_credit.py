@@ -10,7 +10,7 @@ from tiny import byte_tokenizer, tiny_model, tiny_tokenizer, write_model
 from torch.testing import assert_close
 
 from prefuse.trainer.errors import UserError
-from prefuse.trainer.feedback.credit import AttentionCredit, StepCredit, steps_of
+from prefuse.trainer.feedback.credit import AttentionCredit, StepCredit, TokenCredit, steps_of
 from prefuse.trainer.feedback.dense import on_tokens
 from prefuse.trainer.reward_model import RewardModel
 from prefuse.trainer.rewards import Feedback, Spans
@@ -85,6 +85,20 @@ def test_attention_credit_of_messages_and_of_nothing(judge_folder):
     assert isinstance(AttentionCredit(judge_folder)(["the"], [""])[0], float)
 
 
+def test_every_token_is_paid_where_it_ends(judge_folder):
+    """The end of the answer with its last character."""
+    tokenizer, model = byte_tokenizer(280), RewardModel(judge_folder)
+    found = TokenCredit(judge_folder, batch_size=1)(ASKED, ANSWERS)
+    for spans, said, paid in zip(found, ANSWERS, model.tokens(ASKED, ANSWERS), strict=True):
+        ids = tokenizer(said)["input_ids"]
+        ends = [len(tokenizer.decode(ids[:k])) for k in range(1, len(ids) + 1)]
+        assert isinstance(spans, Spans) and len(paid) == len(ids) + 1
+        assert [end for end, _ in spans.rewards] == [*ends, len(said)]
+        assert_close([r for _, r in spans.rewards], paid.double().tolist(), rtol=1e-4, atol=1e-6)
+    (nothing,) = TokenCredit(judge_folder)(["the"], [""])
+    assert_close(nothing, float(model.tokens(["the"], [""])[0].sum()))
+
+
 def test_steps_are_paid_where_they_end(judge_folder):
     text = "the cat\n\nsat\non 😀"
     assert steps_of(text, "\n") == [("the cat", 8), ("sat", 13), ("on 😀", 17)]
@@ -102,7 +116,7 @@ def test_steps_are_paid_where_they_end(judge_folder):
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("?credit=attenton", "credit: wanted attention or steps"),
+        ("?credit=attenton", "credit: wanted attention or steps or tokens"),
         ("?credit=attention&beta=2", r"beta: wanted a number in \[0, 1\]"),
         ("?credit=steps&max_lines=0", "max_lines: wanted a positive number"),
         ("?credit=steps&beta=1", "no such option 'beta'"),

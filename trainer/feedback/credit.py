@@ -41,8 +41,7 @@ class AttentionCredit:
         if not 0 <= beta <= 1:
             raise UserError(f"{path}: beta: wanted a number in [0, 1]; got {beta}")
         self.tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
-        if not self.tokenizer.is_fast:
-            raise UserError(f"{path}: credit=attention wants a fast tokenizer, which tells offsets")
+        check_offsets(path, self.tokenizer)
         self.device, dtype = placed_on(path, device, dtype)
         self.pad = self.tokenizer.pad_token_id
         model: Any = load_scores(
@@ -60,7 +59,7 @@ class AttentionCredit:
     def __call__(self, prompts: Sequence, completions: Sequence, **_columns) -> list[Spans | float]:
         """Spans that end where the reward model's own tokens do."""
         both = zip(prompts, completions, strict=True)
-        read = [self._read(prompt, completion) for prompt, completion in both]
+        read = [read_ends(self.tokenizer, *texts) for texts in both]
         found = []
         for k in range(0, len(read), self.batch_size):
             rows = read[k : k + self.batch_size]
@@ -103,29 +102,64 @@ class AttentionCredit:
         paid = attention_credit(score[None], attention[inside], bounds, beta=self.beta)
         return Spans(tuple(zip(ends[ends > 0].tolist(), paid.tolist(), strict=True)))
 
-    def _read(self, prompt: Any, completion: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of both, and where in the completion's text each ends; 0 where it is not of it."""
-        tokens, _ = answer(self.tokenizer, prompt, completion, Row({}, "a completion"))
-        if isinstance(prompt, str):
-            whole, begin, text = prompt + completion, len(prompt), completion
-            told = self.tokenizer(whole, return_offsets_mapping=True)
-            skipped = 0
-        else:
-            text = text_of(completion)
-            whole = self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-            shown, skipped = text.strip(), len(text) - len(text.lstrip())
-            begin = whole.rfind(shown)
-            if begin < 0:
-                raise UserError("credit=attention: the chat template does not show the completion")
-            text = shown
-            told = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        if told["input_ids"] != tokens[: len(told["input_ids"])].tolist():
-            raise UserError("credit=attention: the chat template's tokens are not its text's")
-        first, last = np.array(told["offset_mapping"]).reshape(-1, 2).T - begin
-        inside = (last > 0) & (first < len(text)) & (last > first)
-        ends = np.zeros(len(tokens), dtype=np.int64)
-        ends[: len(last)] = np.where(inside, skipped + last.clip(max=len(text)), 0)
-        return tokens, ends
+
+def read_ends(tokenizer: Any, prompt: Any, completion: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of both, and where in the completion's text each ends; 0 where it is not of it."""
+    tokens, _ = answer(tokenizer, prompt, completion, Row({}, "a completion"))
+    if isinstance(prompt, str):
+        whole, begin, text = prompt + completion, len(prompt), completion
+        told = tokenizer(whole, return_offsets_mapping=True)
+        skipped = 0
+    else:
+        text = text_of(completion)
+        whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+        shown, skipped = text.strip(), len(text) - len(text.lstrip())
+        begin = whole.rfind(shown)
+        if begin < 0:
+            raise UserError("credit: the chat template does not show the completion")
+        text = shown
+        told = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    if told["input_ids"] != tokens[: len(told["input_ids"])].tolist():
+        raise UserError("credit: the chat template's tokens are not its text's")
+    first, last = np.array(told["offset_mapping"]).reshape(-1, 2).T - begin
+    inside = (last > 0) & (first < len(text)) & (last > first)
+    ends = np.zeros(len(tokens), dtype=np.int64)
+    ends[: len(last)] = np.where(inside, skipped + last.clip(max=len(text)), 0)
+    return tokens, ends
+
+
+def check_offsets(path: str, tokenizer: Any) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: credit wants a fast tokenizer, which tells offsets")
+
+
+class TokenCredit:
+    """A model that pays every token of an answer, trained by bradley_terry_returns: each token's
+    reward where the token ends. Their sum is what it was trained to compare."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 8,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+    ):
+        self.model = RewardModel(path, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
+        check_offsets(path, self.model.tokenizer)
+        self.__name__ = f"token_credit({path})"
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **_columns) -> list[Spans | float]:
+        """What ends the answer, EOS say, is paid with its last token of text."""
+        scores = self.model.tokens(prompts, completions)
+        found: list[Spans | float] = []
+        for prompt, completion, paid in zip(prompts, completions, scores, strict=True):
+            _, ends = read_ends(self.model.tokenizer, prompt, completion)
+            own = np.maximum.accumulate(ends[len(ends) - len(paid) :])
+            pairs = tuple(zip(own.clip(min=1).tolist(), paid.double().tolist(), strict=True))
+            found.append(Spans(pairs) if own.any() else float(paid.double().sum()))
+        return found
 
 
 class StepCredit:
@@ -189,4 +223,4 @@ def _content(message: dict) -> str:
     return str(message.get("content") or "")
 
 
-CREDITS = {"attention": AttentionCredit, "steps": StepCredit}
+CREDITS = {"attention": AttentionCredit, "steps": StepCredit, "tokens": TokenCredit}
