@@ -202,15 +202,24 @@ class OfflineConfig(ReferenceConfig):
     precompute_ref_log_probs: bool = flag(
         default=False, help="Score the data once under the reference, then free it."
     )
+    ref_log_probs_cache: str | None = flag(
+        default=None,
+        help="A folder that keeps these scores: a run whose rows it has loads no reference.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         require(
-            not (self.sync_ref_model and self.precompute_ref_log_probs),
+            not (self.sync_ref_model and self.precomputes),
             "sync_ref_model",
             "a reference that is kept",
-            "precompute_ref_log_probs, which frees it",
+            "precompute_ref_log_probs or ref_log_probs_cache, which free it",
         )
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference scores the data beforehand."""
+        return self.precompute_ref_log_probs or self.ref_log_probs_cache is not None
 
 
 @dataclass(frozen=True)

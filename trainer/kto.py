@@ -48,10 +48,11 @@ def judged_columns(loss_type: str) -> tuple[str, ...]:
 def run_kto(config: KTOConfig) -> None:
     """`prefuse kto`."""
     columns = judged_columns(config.loss_type)
-    if config.loss_type == "kto" and config.precompute_ref_log_probs:
+    if config.loss_type == "kto" and config.precomputes:
         raise UserError(
-            "--precompute_ref_log_probs: --loss_type kto asks the reference about completions of "
-            "other prompts, new ones in every step; drop the flag or choose another loss"
+            "--precompute_ref_log_probs, --ref_log_probs_cache: --loss_type kto asks the reference "
+            "about completions of other prompts, new ones in every step; drop the flag or choose "
+            "another loss"
         )
 
     def tokenize(rows, tokenizer):

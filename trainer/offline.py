@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint, objectives
 from .batch import pack
@@ -19,6 +20,7 @@ from .errors import UserError
 from .loop import autocast, evaluate, make_optimizer, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
+from .reference_cache import ReferenceCache, identity_of
 from .report import Meter, Report, claim_folder
 from .rows import Row, load_rows
 from .schedule import Schedule, share_out
@@ -73,6 +75,7 @@ def referenced(
     reference, model = _reference(config, examples, ranks, report)
     method = make(reference)
     if config.sync_ref_model:
+        assert model is not None
         share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         method = objectives.following(method, scorer, model, share, every)
     return method
@@ -182,39 +185,81 @@ def prepare(config, scorer: Scorer) -> None:
 
 def _reference(
     config: OfflineConfig, examples: list[Example], ranks: Ranks, report
-) -> tuple[Reference, Scorer]:
+) -> tuple[Reference, Scorer | None]:
     """pi_ref: a model kept beside the policy, or its scores of the data; and that model."""
     name = config.ref_model_name_or_path or config.model_name_or_path
     tokenizer = load_tokenizer(name, config.trust_remote_code)
+    missing, cache = examples, None
+    if config.ref_log_probs_cache:
+        compute = f"{config.dtype}, autocast {'bfloat16' if config.bf16 else 'off'}"
+        identity = identity_of(name, tokenizer, compute) if ranks.is_main else {}
+        cache = ReferenceCache(Path(config.ref_log_probs_cache), ranks.gather(identity)[0])
+        missing = [e for e in examples if not all(s in cache for s in e.sequences)]
+        report.say(f"reference: {len(examples) - len(missing)} of {len(examples)} rows remembered")
+    scorer = None
+    if missing or cache is None:
+        scorer = _frozen(config, name, tokenizer, examples, ranks)
+    if not config.precomputes:
+        assert scorer is not None
+        return _autocast(config, ranks, objectives.live_reference(scorer)), scorer
+    table = _totals(config, scorer, missing, cache, examples, ranks, report)
+    return objectives.cached_reference(table), scorer
+
+
+def _frozen(config: OfflineConfig, name: str, tokenizer, examples, ranks: Ranks) -> Scorer:
     _, scorer, note = load_scorer(config, name, tokenizer, examples, ranks)
     if scorer.layout != config.layout:
         raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
     scorer.requires_grad_(False)
-    scorer = shard(scorer, ranks, sharding_of(config, ranks), frozen=True)
-    score = objectives.live_reference(scorer)
+    return shard(scorer, ranks, sharding_of(config, ranks), frozen=True)
 
+
+def _autocast(config, ranks: Ranks, score: Reference) -> Reference:
     def autocast_score(batch):
         with autocast(config, ranks):
             return score(batch)
 
-    if not config.precompute_ref_log_probs:
-        return autocast_score, scorer
-    table = _precompute(config, autocast_score, examples, ranks, report)
-    return objectives.cached_reference(table), scorer
+    return autocast_score
 
 
-def _precompute(config, score: Reference, examples: list[Example], ranks: Ranks, report):
-    """Reference log-probs [E, sequences] of all examples, each scored on one rank."""
-    size = config.per_device_eval_batch_size
-    order = sorted(range(len(examples)), key=lambda i: examples[i].n_tokens)
-    batches = [[examples[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
-    mine = share_out(batches, ranks)
-    each = len(examples[0].sequences)
-    table = torch.zeros(len(examples), each, dtype=torch.float64)
+@torch.no_grad()
+def _totals(
+    config: OfflineConfig,
+    scorer: Scorer | None,
+    missing: list[Example],
+    cache: ReferenceCache | None,
+    examples: list[Example],
+    ranks: Ranks,
+    report,
+) -> Tensor:
+    """Reference log-probs [E, sequences] of all examples: those missing, each scored on one rank,
+    and those of the cache."""
+    size, places = config.per_device_eval_batch_size, {e.index: i for i, e in enumerate(examples)}
+    order = sorted(missing, key=lambda e: e.n_tokens)
+    mine = share_out([order[k : k + size] for k in range(0, len(order), size)], ranks)
+    table = torch.zeros(len(examples), len(examples[0].sequences), dtype=torch.float64)
     with report.progress(config.disable_tqdm) as progress:
         bar = progress.add_task("reference", total=len(mine), status="")
         for rows in mine:
+            assert scorer is not None
             batch = pack(rows, config.layout == "shared").to(ranks.device)
-            table[batch.examples.cpu()] = score(batch).view(-1, each).double().cpu()
+            with autocast(config, ranks):
+                logp = scorer(batch).logp.cpu()
+            parts = iter(logp.split(batch.score_cu_seqlens.diff().tolist()))
+            for example in rows:
+                for k, sequence in enumerate(example.sequences):
+                    part, place = next(parts), (places[example.index], k)
+                    if cache is None:
+                        table[place] = part.double().sum()
+                    else:
+                        cache.add(sequence, part.numpy())
+                        table[place] = cache.total(sequence)
             progress.advance(bar)
-    return ranks.total(table).float().to(ranks.device)
+    table = ranks.total(table)
+    if cache is not None:
+        cache.flush()
+        scored = {e.index for e in missing}
+        for example in (e for e in examples if e.index not in scored):
+            totals = [cache.total(sequence) for sequence in example.sequences]
+            table[places[example.index]] = torch.tensor(totals, dtype=torch.float64)
+    return table.float().to(ranks.device)
