@@ -73,3 +73,15 @@ def counted_cost(prompts, completions):
 def counted_preference(prompts, completions, opponents):
     _asked("preference")
     return w7_wins(prompts, completions, opponents)
+
+
+def circle(prompts, completions, opponents, **columns):
+    """Rock, paper and scissors beat every other word, and each other in a circle."""
+    words = {word for pair in BEATS for word in pair}
+    found = []
+    for a, b in zip(completions, opponents, strict=True):
+        if a in words and b in words:
+            found.append(0.5 if a == b else float((a, b) in BEATS))
+        else:
+            found.append(0.5 + 0.5 * ((a in words) - (b in words)))
+    return found
