@@ -164,7 +164,8 @@ def test_it_learns_rewards_and_values(top, tmp_path):
     out = tmp_path / "out"
     options = ("--per_device_train_batch_size", "8", "--critic_learning_rate", "1e-2")
     lines = run_command(top, out, *options, "--max_steps", "40", "--eval_fraction", "0.25",
-                        "--eval_strategy", "steps", "--eval_steps", "40")  # fmt: skip
+                        "--eval_strategy", "steps", "--eval_steps", "40",
+                        "--precompute_ref_log_probs")  # fmt: skip
     assert lines[0]["loss"] > 1 and lines[-1]["eval_loss"] < 0.01
 
     def logp(folder: Path, prompt: int, answer: int) -> float:

@@ -21,13 +21,6 @@ from prefuse.trainer.attention import ATTENTION
 from prefuse.trainer.data import Example, Sequence
 from prefuse.trainer.scores import Scorer
 
-
-def needs(package: str, extra: str) -> pytest.MarkDecorator:
-    """Skips a test where an optional package is not installed."""
-    absent = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(absent, reason=f"needs {package}: pip install 'prefuse[{extra}]'")
-
-
 HERE = Path(__file__).parent
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(42))]
 PLAIN = ["the", "cat", "sat", "on", "\n", "return", "a"]
@@ -37,6 +30,12 @@ CHAT = (
     "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
+
+
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    """Skips a test where an optional package is not installed."""
+    absent = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(absent, reason=f"needs {package}: pip install 'prefuse[{extra}]'")
 
 
 def tiny_model(family: str = "Llama", *, tie: bool = False, seed: int = 0, **changes):
