@@ -97,6 +97,18 @@ def test_no_reward_says_what_a_circle_of_preferences_says(tmp_path):
     assert rows[0]["rewards"] == {"rock_paper_scissors": 0.5} and rows[0]["reward"] == 0.5
 
 
+def test_wins_stay_with_their_prompts(tmp_path):
+    """As prompts are left out, and others sampled in their place."""
+    config = config_of(GRPOConfig, preference_func=RPS, advantage="spo", num_generations=2,
+                       per_device_train_batch_size=4)  # fmt: skip
+    groups = [[ROCK], [ROCK]], [[PAPER], [ROCK]], [[PAPER], [SCISSORS]]
+    first, *_ = judged(config, window_of(*groups[:2]), tmp_path)
+    second, *_ = judged(config, window_of(*groups[2:]), tmp_path)
+    both = first.joined(second)
+    assert both.informative().tolist() == [False, True, True]
+    assert_close(advantages(both.taken([1, 2]), config), [0.5, -0.5, -0.5, 0.5])
+
+
 def test_nash_meets_the_mixture_alone(tmp_path):
     config = config_of(NashMDConfig, preference_func=RPS, num_generations=2,
                        per_device_train_batch_size=2, beta=0.5)  # fmt: skip
