@@ -228,6 +228,16 @@ def test_resume_is_straight_through(online_run, tmp_path, name):
 COST = f"{Path(__file__).with_name('online_rewards.py')}:share_of_w7"
 
 
+def test_the_gap_is_between_engine_and_trainer(online_run):
+    """At later passes too, when the policy has moved away from what sampled; and a critic needs no
+    group, so that none is called empty."""
+    options = [*MORE, "--num_iterations", "3", "--num_mini_batches", "2"]
+    lines = online_run("ppo", "out", *options)
+    assert max(x["sampling/logp_difference"] for x in lines) < 1e-5
+    assert max(x["policy/approx_kl"] for x in lines) > 1e-3
+    assert not any("frac_reward_zero_std" in x for x in lines)
+
+
 def test_refills_take_the_place_of_groups_without_a_signal(online_run):
     options = [*MORE, "--num_generations", "2", "--filter_zero_std", "--learning_rate", "0"]
     options += ["--max_steps", "3"]

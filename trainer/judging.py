@@ -291,11 +291,12 @@ class Judge:
         whole = ~groups.isnan().any(1)
         values = {
             "reward": _mean(rewards, ~rewards.isnan() & own),
-            "reward_std": _mean(groups.std(1, correction=0), whole),
-            "frac_reward_zero_std": _mean(groups.amax(1) == groups.amin(1), whole),
             "completions/mean_length": _mean(lengths, own),
             "completions/clipped_ratio": _mean(~window.finished, own),
         }
+        if groups.shape[1] > 1:
+            values["reward_std"] = _mean(groups.std(1, correction=0), whole)
+            values["frac_reward_zero_std"] = _mean(groups.amax(1) == groups.amin(1), whole)
         for k, name in enumerate(self.names):
             values[f"rewards/{name}/mean"] = _mean(parts[:, k], ~parts[:, k].isnan() & own)
         if window.foreign:

@@ -124,7 +124,9 @@ def policy_method(config: PolicyConfig, controls: Controls) -> Method:
             **{name: column(name) for name in ("reward", "pass_rate") if name in needed},
             **options,
         )
-        return result._replace(metrics={**result.metrics, **_gap(logp, column("rollout_logp"))})
+        old = column("old_logp")  # later passes have moved away from what sampled
+        gap = _gap(logp.detach() if old is None else old, column("rollout_logp"))
+        return result._replace(metrics={**result.metrics, **gap})
 
     return Method(objective, unit)
 
@@ -133,4 +135,4 @@ def _gap(logp: Tensor, rollout_logp: Tensor | None) -> dict[str, Tensor]:
     """How far the engine's log-probs are from the trainer's, where the engine told them."""
     if rollout_logp is None:
         return {}
-    return {"sampling/logp_difference": (logp.detach() - rollout_logp).abs().nan_to_num(nan=0.0)}
+    return {"sampling/logp_difference": (logp - rollout_logp).abs().nan_to_num(nan=0.0)}

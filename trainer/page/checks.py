@@ -11,7 +11,7 @@ from .run import Run, Series
 
 # counts and shares of what was cut, refused, filtered or failed
 GUARD = re.compile(
-    r"guards?/|fail|error|time_?out|timed_out|skipp?ed|truncat|dropped|masked|filtered|refill"
+    r"guards?/|fail|(?<!squared_)error|time_?out|timed_out|skipp?ed|truncat|dropped|masked|filtered|refill"
     r"|zero_std|stale|retr(y|ies)|clipped_ratio|without_eos|not_finite|cache_(hits|misses)"
 )
 KEPT = ("rows", "kept", "tokens", "scored_tokens")
