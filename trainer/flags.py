@@ -95,6 +95,8 @@ def _widen_optional(parser: argparse.ArgumentParser, config: type) -> None:
     for action in parser._actions:
         if _is_optional(kinds.get(action.dest)):
             action.type = _or_none(cast(Any, action.type))
+            if action.choices is not None:
+                action.choices = [*action.choices, None]
             if bool in get_args(kinds[action.dest]):
                 action.nargs, action.const = "?", True
 
