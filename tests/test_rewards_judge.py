@@ -182,7 +182,8 @@ def only_bad_for(text, reply):
 @pytest.mark.parametrize("policy", ["stop", "skip", "zero"])
 def test_one_completions_failure_is_told_with_its_row(reply, words, requests, policy, serve):
     server = serve(only_bad_for("five", reply))
-    started, options = time.monotonic(), "timeout=0.3&max_retries=2"
+    patience = 0.3 if reply is None else 20  # a busy machine answers late
+    started, options = time.monotonic(), f"timeout={patience}&max_retries=2"
     if policy == "stop":
         with pytest.raises(UserError, match=rf"raised NoAnswer: .*{words}.* on rows.jsonl:2\b"):
             judged(server.url, options)
@@ -191,8 +192,9 @@ def test_one_completions_failure_is_told_with_its_row(reply, words, requests, po
         instead = math.nan if policy == "skip" else 0.0
         np.testing.assert_array_equal(scores.rewards[:, 0], [1, 1, 1, 1, instead])
         assert scores.failures == {"raised": 1} and words in scores.notes[0]
-    assert len(server.seen) == 4 + requests
-    assert time.monotonic() - started < 4
+    asked = [body["messages"][0]["content"] for body, _, _ in server.seen]
+    assert sum("five" in responses(question) for question in asked) == requests
+    assert time.monotonic() - started < 10
 
 
 def test_a_failed_comparison_fails_both(serve):
