@@ -67,16 +67,29 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> dict[str, A
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=TRAINED,
     )
     for name in modules.keys() - {"model"}:
         set_model_state_dict(modules[name], state[name])
     return json.loads((path / "progress.json").read_text())
 
 
+# of a model with adapters those alone: the weights below them are where they were loaded from
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
 def _state(modules: Mapping[str, nn.Module], optimizer) -> dict[str, Any]:
-    model, optimizer_state = get_state_dict(modules["model"], optimizer)
+    model, optimizer_state = get_state_dict(modules["model"], optimizer, options=TRAINED)
+    model = _trained(modules["model"], model)
     others = {k: get_model_state_dict(m) for k, m in modules.items() if k != "model"}
     return {"model": model, "optimizer": optimizer_state, **others}
+
+
+def _trained(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Without a frozen head that is tied to the embedding, which torch leaves under one name."""
+    every = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in every if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def complete(folder: Path) -> list[Path]:
@@ -98,10 +111,17 @@ def resolve(folder: Path, wanted: str) -> Path:
     return checkpoints[-1]
 
 
-def full_state(scorer: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
-    """The model's own state dict on rank 0's CPU, for export; None on other ranks."""
-    options = StateDictOptions(full_state_dict=ranks.world > 1, cpu_offload=ranks.world > 1)
+def full_state(scorer: nn.Module, ranks: Ranks, frozen: bool = True) -> dict[str, Tensor] | None:
+    """The model's own state dict on rank 0's CPU, for export; None on other ranks.
+
+    frozen: with what is not trained.
+    """
+    apart = ranks.world > 1
+    options = StateDictOptions(
+        full_state_dict=apart, cpu_offload=apart, ignore_frozen_params=not frozen
+    )
     state = get_model_state_dict(scorer, options=options)
+    state = state if frozen else _trained(scorer, state)
     if not ranks.is_main:
         return None
     prefix = "model."

@@ -82,6 +82,23 @@ class TrainConfig:
         "Unset: 4096 on a GPU, 1024 on a CPU.",
     )
 
+    use_peft: bool = flag(
+        default=False, help="Train adapters of low rank (LoRA) and leave the weights as they are."
+    )
+    lora_r: int = flag(default=16, help="Rank of the adapters.")
+    lora_alpha: int = flag(default=32, help="An adapter counts lora_alpha / lora_r times.")
+    lora_dropout: float = flag(default=0.0, help="Of what an adapter reads.")
+    lora_target_modules: list[str] | None = flag(
+        default=None,
+        help="Names of the modules with adapters, or all-linear. Unset: those that peft knows.",
+    )
+    lora_modules_to_save: list[str] | None = flag(
+        default=None, help="Names of modules that are trained whole, and saved with the adapters."
+    )
+    merge_on_export: bool = flag(
+        default=False, help="Leave the whole model with the adapters merged in, not adapters."
+    )
+
     fsdp: Literal["full", "hsdp", "none"] = flag(
         default="full",
         help="Of several ranks: weights in shards over all; in groups that each have all shards; "
@@ -136,6 +153,12 @@ class TrainConfig:
         longest = self.max_length
         require(longest is None or longest >= 2, "max_length", "2 or more", longest)
         held_out = self.eval_dataset_name is not None or self.eval_fraction > 0
+        for name in ("lora_r", "lora_alpha"):
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "[0, 1)", self.lora_dropout)
+        for name in ("merge_on_export", "lora_target_modules", "lora_modules_to_save"):
+            given = bool(getattr(self, name)) and not self.use_peft
+            require(not given, name, "--use_peft beside it", "none")
         grouped = self.fsdp_group_size is None or self.fsdp == "hsdp"
         require(grouped, "fsdp_group_size", "unset, or fsdp hsdp", self.fsdp_group_size)
         require(
@@ -191,6 +214,8 @@ class ReferenceConfig(TrainConfig):
         super().__post_init__()
         share = self.ref_model_mixup_alpha
         require(0 < share <= 1, "ref_model_mixup_alpha", "a number in (0, 1]", share)
+        wanted = "false with use_peft, whose reference is the model without its adapters"
+        require(not (self.sync_ref_model and self.use_peft), "sync_ref_model", wanted, "true")
         steps = self.ref_model_sync_steps
         require(steps >= 1, "ref_model_sync_steps", "a positive number", steps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import lora
 from .batch import PackedBatch
 from .config import TrainConfig
 from .errors import UserError
@@ -54,4 +55,5 @@ def load_critic(config: TrainConfig, tokenizer, flag: str = "critic_model_name_o
         trust_remote_code=config.trust_remote_code,
         zeros=True,
     )
+    lora.attach(config, model, base=name)
     return Critic(model, config.layout)

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from .attention import ATTENTION
 from .data import Example
 from .errors import UserError
+from .lora import base_name, has_adapters, merge_saved
 
 disable_progress_bar()  # the run's own report speaks
 
@@ -57,17 +58,19 @@ def load_model(
     """A causal language model with dropout off and the attention that `layout` needs."""
     attention = "sdpa" if layout == "padded" else ATTENTION
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        base = base_name(name)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         for key, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            base,
             config=config,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
+        model = merge_saved(model, name)
     except Exception as error:
         raise UserError(f"--model_name_or_path {name}: no model loads from it: {error}") from error
     model.config.use_cache = False
@@ -127,7 +130,11 @@ def can_share_prefixes(model: PreTrainedModel, longest: int) -> str | None:
 def export(
     model: PreTrainedModel, state: dict[str, Tensor] | None, tokenizer, folder: Path
 ) -> None:
-    """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer."""
+    """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer; of a model with
+    adapters those alone. It would load both of them together, so the other kind goes."""
+    others = ("config.json", "model*.safetensors*") if has_adapters(model) else ("adapter_*",)
+    for path in (path for pattern in others for path in folder.glob(pattern)):
+        path.unlink()
     # published models carry generation settings that some transformers refuse to save again
     settings = getattr(model, "generation_config", None)  # a model with a head of scores has none
     if settings is not None:

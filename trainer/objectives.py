@@ -16,6 +16,7 @@ from prefuse.kernels.segments import segment_sum
 
 from .batch import PackedBatch
 from .errors import UserError
+from .lora import Unadapted
 from .scores import Scorer
 
 # what `dpo` gives a loss of a pair, from scores and from columns of the data
@@ -62,7 +63,7 @@ def _nll(stats: TokenStats) -> Tensor:
     return -stats.logp
 
 
-def sequence_logps(scorer: Scorer, batch: PackedBatch) -> Tensor:
+def sequence_logps(scorer: Scorer | Unadapted, batch: PackedBatch) -> Tensor:
     """log pi of every scored sequence [Q]: float32 sums over its tokens."""
     return segment_sum(scorer(batch).logp, batch.score_cu_seqlens)
 
@@ -134,7 +135,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[0::2], x[1::2]
 
 
-def live_reference(scorer: Scorer) -> Reference:
+def live_reference(scorer: Scorer | Unadapted) -> Reference:
     """Reference log-probs by a frozen model, as they are needed."""
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, objectives
+from . import checkpoint, lora, objectives
 from .batch import pack
 from .config import DPOConfig, OfflineConfig, SFTConfig, TrainConfig, updated
 from .critic import ActorCritic
@@ -18,6 +18,7 @@ from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, start
 from .errors import UserError
 from .loop import autocast, evaluate, make_optimizer, train
+from .lora import Unadapted
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
 from .reference_cache import ReferenceCache, identity_of
@@ -72,10 +73,10 @@ def referenced(
     config: OfflineConfig, scorer: Scorer, examples: list[Example], ranks: Ranks, report, make
 ) -> Method:
     """The method that `make` makes of a reference, which moves if the user asks for it."""
-    reference, model = _reference(config, examples, ranks, report)
+    reference, model = _reference(config, scorer, examples, ranks, report)
     method = make(reference)
     if config.sync_ref_model:
-        assert model is not None
+        assert isinstance(model, Scorer)
         share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         method = objectives.following(method, scorer, model, share, every)
     return method
@@ -97,8 +98,11 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     config, scorer, note = (load or load_scorer)(
         config, config.model_name_or_path, tokenizer, examples + held_out, ranks
     )
+    adapters = lora.attach(config, scorer.model)
     report = Report(config, name, ranks)
     report.say(note or f"layout: {config.layout}")
+    if adapters:
+        report.say(adapters)
     report.say(f"head: {scorer.plan(ranks.device)}")
     report.rows(ledgers)
     method = make_method(config, scorer, examples + held_out, ranks, report)
@@ -113,15 +117,20 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     optimizer = make_optimizer(trained, config)
     evaluation = partial(evaluate, config, method, trained, held_out, ranks) if held_out else None
     train(config, method, trained, optimizer, schedule, evaluation, ranks, report, Meter(ranks))
-    export_all(config.output_dir, kept, tokenizer, ranks, report)
+    export_all(config, kept, tokenizer, ranks, report)
 
 
-def export_all(folder: str, kept: dict[str, Any], tokenizer, ranks: Ranks, report) -> None:
-    """Each model where `from_pretrained` loads it, by its place in the run's folder."""
+def export_all(config: TrainConfig, kept: dict[str, Any], tokenizer, ranks: Ranks, report) -> None:
+    """Each model, or its adapters, where `from_pretrained` loads it, by its place in the run's
+    folder."""
     for name, module in kept.items():
-        state, place = checkpoint.full_state(module, ranks), Path(folder, name)
+        model, place = module.model, Path(config.output_dir, name)
+        state = checkpoint.full_state(module, ranks, frozen=config.merge_on_export)
         if ranks.is_main:
-            export(module.model, state, tokenizer, place)
+            if config.merge_on_export:
+                assert state is not None
+                model, state = lora.plain(model), dict(lora.merged(model, state))
+            export(model, state, tokenizer, place)
             report.say(f"exported {place}")
     ranks.barrier()
 
@@ -184,8 +193,8 @@ def prepare(config, scorer: Scorer) -> None:
 
 
 def _reference(
-    config: OfflineConfig, examples: list[Example], ranks: Ranks, report
-) -> tuple[Reference, Scorer | None]:
+    config: OfflineConfig, policy: Scorer, examples: list[Example], ranks: Ranks, report
+) -> tuple[Reference, Scorer | Unadapted | None]:
     """pi_ref: a model kept beside the policy, or its scores of the data; and that model."""
     name = config.ref_model_name_or_path or config.model_name_or_path
     tokenizer = load_tokenizer(name, config.trust_remote_code)
@@ -198,7 +207,9 @@ def _reference(
         report.say(f"reference: {len(examples) - len(missing)} of {len(examples)} rows remembered")
     scorer = None
     if missing or cache is None:
-        scorer = _frozen(config, name, tokenizer, examples, ranks)
+        own = config.use_peft and config.ref_model_name_or_path is None
+        given = (config, name, tokenizer, examples, ranks)
+        scorer = Unadapted(policy) if own else _frozen(*given)
     if not config.precomputes:
         assert scorer is not None
         return _autocast(config, ranks, objectives.live_reference(scorer)), scorer
@@ -225,7 +236,7 @@ def _autocast(config, ranks: Ranks, score: Reference) -> Reference:
 @torch.no_grad()
 def _totals(
     config: OfflineConfig,
-    scorer: Scorer | None,
+    scorer: Scorer | Unadapted | None,
     missing: list[Example],
     cache: ReferenceCache | None,
     examples: list[Example],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefuse.kernels.objective import Mean
 
-from . import objectives
+from . import lora, objectives
 from .batch import PackedBatch, pack
 from .critic import ActorCritic, load_critic
 from .data import Example, Sequence
@@ -28,6 +28,7 @@ from .learners.policy import policy
 from .learners.ppo import ppo, ppo_method
 from .learners.raft import raft
 from .loop import autocast, make_optimizer, train
+from .lora import Unadapted
 from .model import load_tokenizer
 from .offline import export_all, load_scorer, prepare, resolve, train_and_held_out
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
@@ -38,13 +39,15 @@ from .sampling import Sampler, play, sources
 from .scores import Scorer
 from .sharding import shard, sharding_of
 
+Frozen = Scorer | Unadapted | None
+
 
 class Models(NamedTuple):
     """Of a run; trained is what the optimizer steps: the policy, or it and its critics."""
 
     policy: Scorer
     trained: nn.Module
-    reference: Scorer | None = None
+    reference: Frozen = None
     critic: nn.Module | None = None
     cost_critic: nn.Module | None = None
 
@@ -60,12 +63,17 @@ def run_online(config: OnlineConfig, name: str) -> None:
     prompts, held_out, ledgers = _prompts(config, tokenizer)
     longest = [_longest(p, config) for p in prompts + held_out]
     config, scorer, note = _load(config, config.model_name_or_path, tokenizer, longest, ranks)
+    adapters = lora.attach(config, scorer.model)
     report = Report(config, name, ranks)
     report.say(note or f"layout: {config.layout}")
+    if adapters:
+        report.say(adapters)
     report.rows(ledgers)
     reference = None
     if checks.needs_reference(config):
-        reference = _reference(config, tokenizer, longest, ranks)
+        own = config.use_peft and config.ref_model_name_or_path is None
+        given = (config, tokenizer, longest, ranks)
+        reference = Unadapted(scorer) if own else _reference(*given)
     sampled_from = sources(config, scorer.model, reference, tokenizer, talk)
     models = _sharded(config, scorer, reference, tokenizer, ranks)
     controls = Controls()
@@ -105,7 +113,7 @@ def _prompts(config: OnlineConfig, tokenizer) -> tuple[list[Prompt], list[Prompt
 def _export(config: OnlineConfig, models: Models, tokenizer, ranks: Ranks, report: Report) -> None:
     kept = {".": models.policy, "critic": models.critic, "cost_critic": models.cost_critic}
     kept = {name: model for name, model in kept.items() if model is not None}
-    export_all(config.output_dir, kept, tokenizer, ranks, report)
+    export_all(config, kept, tokenizer, ranks, report)
 
 
 def _load(config: OnlineConfig, name: str, tokenizer, examples: list[Example], ranks: Ranks):
@@ -132,13 +140,13 @@ def _reference(config: OnlineConfig, tokenizer, examples: list[Example], ranks: 
 
 
 def _sharded(
-    config: OnlineConfig, scorer: Scorer, reference: Scorer | None, tokenizer, ranks: Ranks
+    config: OnlineConfig, scorer: Scorer, reference: Frozen, tokenizer, ranks: Ranks
 ) -> Models:
     """Over ranks, with the critics where there are any."""
     prepare(config, scorer)
     how = sharding_of(config, ranks)
     policy = shard(scorer, ranks, how)
-    if reference is not None:
+    if isinstance(reference, Scorer):
         reference = shard(reference, ranks, how, frozen=True)
     if not isinstance(config, PPOConfig):
         return Models(policy, policy, reference)
@@ -159,14 +167,14 @@ def _learner(config: OnlineConfig, models: Models, controls: Controls, ranks: Ra
     else:
         assert isinstance(config, RAFTConfig)
         learner = raft(config)
-    if config.sync_ref_model and models.reference is not None:
+    if config.sync_ref_model and isinstance(models.reference, Scorer):
         share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         method = objectives.following(learner.method, models.policy, models.reference, share, every)
         learner = learner._replace(method=method)
     return learner
 
 
-def _live(reference: Scorer | None, config: OnlineConfig, ranks: Ranks):
+def _live(reference: Frozen, config: OnlineConfig, ranks: Ranks):
     """The reference as offline methods take it."""
     if reference is None:
         return None

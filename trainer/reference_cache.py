@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from .data import Sequence
 from .errors import UserError
+from .lora import base_name, is_adapter
 
 PART = 4096  # sequences of a file: what an interruption costs at most
 IDENTITY = "identity.json"
@@ -104,6 +105,8 @@ def identity_of(name: str, tokenizer, compute: str) -> dict[str, str]:
 
 def _weights(name: str) -> list[Path]:
     """The files that decide what a model says."""
+    if is_adapter(name):
+        return [*_weights(base_name(name)), *sorted(Path(name).glob("adapter_*"))]
     config = cached_file(name, "config.json")
     assert config is not None  # it raises where there is none
     folder = Path(config).parent

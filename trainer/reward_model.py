@@ -17,6 +17,7 @@ from .attention import ATTENTION
 from .batch import PackedBatch, pack
 from .data import Example, Sequence
 from .errors import UserError
+from .lora import base_name, labels_of, merge_saved
 from .model import can_share_prefixes, load_tokenizer
 from .reward_data import answer, read_at_end, step_tokens
 from .rows import Row
@@ -78,10 +79,11 @@ def load_scores(
     says 0.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        base, labels = base_name(name), labels_of(name)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         saved = any("SequenceClassification" in a for a in config.architectures or ())
-        if not saved:
-            config.num_labels = 1 if num_labels is None else num_labels
+        if not saved or labels is not None:
+            config.num_labels = labels or (1 if num_labels is None else num_labels)
         for key, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)
@@ -89,7 +91,7 @@ def load_scores(
         logging.set_verbosity(said if saved else logging.ERROR)  # of the head that is new
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
-                name,
+                base,
                 config=config,
                 dtype=dtype,
                 attn_implementation="sdpa" if layout == "padded" else ATTENTION,
@@ -97,6 +99,7 @@ def load_scores(
             )
         finally:
             logging.set_verbosity(said)
+        model, saved = merge_saved(model, name), saved or labels is not None
     except Exception as error:
         raise UserError(f"{name}: no model with a head of scores loads from it: {error}") from error
     head = getattr(model, "score", None)

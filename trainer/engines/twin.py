@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..lora import merged
+
 
 class Twin:
     """`model`, fit for generation: in evaluation mode, no settings of its own, its own attention.
@@ -76,8 +78,8 @@ def own_randomness(model: PreTrainedModel):
 @torch.no_grad()
 def _copy_weights(model: nn.Module, twin: nn.Module) -> None:
     own = dict(twin.named_parameters(remove_duplicate=False))
-    for name, p in model.named_parameters():
-        own[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)
+    for name, whole in merged(model, dict(model.named_parameters())):
+        own[name].copy_(whole)
     buffers = dict(twin.named_buffers())
     for name, b in model.named_buffers():
         buffers[name].copy_(b)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..lora import merged
 from ..rollout import Completion, Sampling, check_request, context_of
 
 
@@ -95,8 +95,7 @@ class VLLMEngine:
     @torch.no_grad()
     def update_weights(self, model: nn.Module) -> None:
         """A tensor at a time, gathered where it is sharded; what was cached is forgotten."""
-        for name, p in model.named_parameters():
-            whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+        for name, whole in merged(model, dict(model.named_parameters())):
             self.llm.apply_model(_loader(name, whole))
         self.llm.reset_prefix_cache()
 

@@ -19,7 +19,8 @@ class Extragradient:
     """
 
     def __init__(self, policy: nn.Module, optimizer: Optimizer):
-        self.parameters, self.optimizer = list(policy.parameters()), optimizer
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = optimizer
         self.kept: list[torch.Tensor] = []
         self.state: dict = {}
 

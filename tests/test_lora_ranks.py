@@ -1,0 +1,117 @@
+"""Adapters on one rank and on two: the same gradients, steps, resumption and files."""
+
+import lora_worker
+import pytest
+import ranks_worker as worker
+import torch
+from tiny import (
+    HERE,
+    each_rank,
+    finish,
+    gradients,
+    pair_rows,
+    python,
+    relative_error,
+    tiny_model,
+    write_model,
+    write_rows,
+)
+from torch.testing import assert_close
+
+from prefuse.trainer import lora
+from prefuse.trainer.batch import pack
+from prefuse.trainer.dist import Ranks
+from prefuse.trainer.schedule import Schedule
+
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'prefuse[peft]'")
+pytestmark = pytest.mark.full
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 40)[None], use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """What one rank found, here, and what two did."""
+    top = tmp_path_factory.mktemp("ranks")
+    write_model(top / "model", tiny_model(tie=True))
+    write_rows(top / "rows.jsonl", pair_rows(24))
+    (top / "1").mkdir()
+    (top / "2").mkdir()
+    started = []
+    for env in each_rank(2):
+        log = (top / f"{env['RANK']}.log").open("w")
+        argv = (str(HERE / "lora_worker.py"), str(top / "2"))
+        started.append(python(*argv, env=env, stdout=log, stderr=log))
+    known = worker.models_of
+    try:
+        alone = lora_worker.every_case(top / "1", ALONE)
+        lora_worker.command(top / "1", 1)
+        statuses = finish(started)
+    finally:
+        worker.models_of = known
+        for p in started:
+            p.kill()
+    assert not any(statuses), "".join(log.read_text()[-3000:] for log in top.glob("*.log"))
+    return top, {1: alone, 2: torch.load(top / "2/found.pt", weights_only=True)}
+
+
+def oracle(method: str) -> dict:
+    """The gradient in float64 by hand: one batch, one process, no loop."""
+    scorer, objective = lora_worker.models_of(method, torch.float64, ALONE)
+    config = worker.config_of("unused", **worker.splits(1)["8x1"])
+    (rows,) = Schedule(worker.PAIRS, config, ALONE).step(1)
+    objective.objective(scorer, pack(rows, share=False)).loss.mean().backward()
+    return gradients(scorer)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("case", lora_worker.CASES)
+def test_ranks_change_nothing(ranked, case, world):
+    """Gradients and five steps, to 1e-6 in float32 and to 1e-12 in float64."""
+    method, _ = lora_worker.CASES[case]
+    wanted = oracle(method)
+    assert wanted and all(".lora_" in n or ".modules_to_save." in n for n in wanted)
+    exact = ranked[1][1][case, "float64"]
+    for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
+        got = ranked[1][world][case, dtype]
+        assert relative_error(got["gradients"], wanted) <= tolerance
+        for name, p in exact["parameters"].items():
+            limit = tolerance * float(p.abs().max())
+            assert_close(got["parameters"][name], p, rtol=0, atol=limit, msg=name)
+        assert_close(got["losses"], exact["losses"], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_resume_straight_through(ranked, world):
+    (losses, weights), (resumed_losses, resumed) = ranked[1][world]["resumed"]
+    assert resumed_losses == losses
+    assert all(torch.equal(resumed[name], p) for name, p in weights.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_export_adapters_alone(ranked, world):
+    state, weights, sampler = ranked[1][world]["exported"]
+    trained = {n for n in weights if ".lora_" in n or ".modules_to_save." in n}
+    assert {f"model.{name}" for name in state} == trained
+    for name, p in state.items():
+        assert torch.equal(p.double(), weights[f"model.{name}"]), name
+    shared = ranked[1][1]["exported"][2]
+    model = lora_worker.adapted(tie=True)
+    merged = dict(lora.merged(model, dict(model.named_parameters())))
+    if world == 2:  # a copy, with the adapters in its weights
+        assert sampler.keys() == merged.keys() != shared.keys()
+        for name, p in merged.items():
+            assert_close(sampler[name], p, rtol=0, atol=1e-6)
+
+
+def test_ranks_leave_the_same_adapters(ranked):
+    loaded = [
+        logits(peft.AutoPeftModelForCausalLM.from_pretrained(ranked[0] / world / "command"))
+        for world in ("1", "2")
+    ]
+    assert_close(*loaded, rtol=1e-4, atol=1e-5)
+    assert (loaded[0] - logits(tiny_model(tie=True).eval())).abs().max() > 1e-2
