@@ -1,5 +1,6 @@
 """Rewards of the online tests, in TRL's form."""
 
+import random
 import re
 import time
 
@@ -9,6 +10,11 @@ from prefuse.trainer.rewards import Spans
 def share_of_w7(prompts, completions, completion_ids, **columns):
     """How much of six tokens is w7, id 13 of tests/tiny.py; ending early leaves the rest out."""
     return [sum(token == 13 for token in ids) / 6 for ids in completion_ids]
+
+
+def noisy(prompts, completions, completion_ids, **columns):
+    """A judge of moods: it draws from the process's own stream."""
+    return [random.random() + share for share in share_of_w7(prompts, completions, completion_ids)]
 
 
 def even(prompts, completions, completion_ids, **columns):

@@ -379,7 +379,7 @@ def test_nothing_finite_stops_before_the_update(run, tmp_path, model):
     options = ("--per_device_train_batch_size", "4", "--max_steps", "3", "--save_steps", "1")
     options += ("--learning_rate", "1e30", "--optim", "sgd", "--max_grad_norm", "0")
     result = run("dpo", rows, *options)
-    assert_told(result, "step 2: loss or gradient is not finite", "Lower --learning_rate")
+    assert_told(result, "step 2: loss is not finite", "Lower --learning_rate")
     assert re.search(r"rows\.jsonl:\d+", result[1])
     assert [p.name for p in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-1"]
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -172,7 +172,8 @@ def test_export_gathers_the_whole_model(found, world, method, tie):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(found, world):
     message, unchanged = found.results[world]["not finite"]
-    assert "step 3: loss or gradient is not finite" in message and unchanged
+    assert "step 3: loss is not finite" in message and unchanged
+    assert f"Rows of rank {world - 1}: " in message
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,39 +29,134 @@ from .dist import Ranks
 from .errors import UserError
 
 
-def save(
+class Beside(NamedTuple):
+    """That saving does not wait; its ranks speak in a group of their own."""
+
+    group: dist.ProcessGroup | None = None
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class Started(NamedTuple):
+    """A checkpoint that is being written; it has its name only once complete."""
+
+    final: Path
+    partial: Path
+    progress: str  # JSON: what it says may change meanwhile
+    shards: Future | None  # None: they are on disk
+
+    def is_written(self, ranks: Ranks) -> bool:
+        return not ranks.any(self.shards is not None and not self.shards.done())
+
+
+def start(
     folder: Path,
     ranks: Ranks,
     modules: Mapping[str, nn.Module],
     optimizer,
     progress: dict[str, Any],
-    keep: int | None,
-) -> Path:
-    """Writes `folder/checkpoint-N`, N = progress["step"]; it has its name only once complete.
+    own: dict[str, Any],
+    beside: Beside | None = None,
+) -> Started:
+    """Begins `folder/checkpoint-N`, N = progress["step"].
 
     modules: the policy as "model", whose parameters the optimizer has, and what else changes.
+    progress: the same on every rank, as JSON. own: this rank's tensors and plain values.
+    beside: the shards are copied and written while training goes on.
     """
     final = folder / f"checkpoint-{progress['step']}"
     partial = folder / f".{final.name}.partial"
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
-        dcp.save(_state(modules, optimizer), checkpoint_id=partial)
-    if ranks.is_main:
-        (partial / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in complete(folder)[:-keep] if keep else ():
-            shutil.rmtree(old)
-    ranks.barrier()
+    found: list[Future | None] = []
+
+    def write() -> None:
+        found.append(_write(partial, ranks, modules, optimizer, own, beside))
+
+    _together(ranks, lambda: ranks.is_main and _empty(partial), final)
+    _together(ranks, write, final)
+    return Started(final, partial, json.dumps(progress), found[0])
+
+
+def finish(started: Started, ranks: Ranks, keep: int | None) -> Path:
+    """Waits for what is still being written, gives the checkpoint its name, and removes those
+    before it but for `keep`."""
+    final, partial, progress, shards = started
+    _together(ranks, lambda: shards is not None and shards.result(), final)
+    _together(ranks, lambda: ranks.is_main and _finish(partial, final, progress, keep), final)
     return final
 
 
-def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> dict[str, Any]:
-    """Restores a checkpoint in place; returns its progress."""
+def _empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write(
+    partial: Path, ranks: Ranks, modules, optimizer, own: dict[str, Any], beside: Beside | None
+) -> Future | None:
+    state, shards = _state(modules, optimizer), None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+        if beside is None:
+            dcp.save(state, checkpoint_id=partial)
+        else:
+            group = beside.group
+            shards = dcp.async_save(state, checkpoint_id=partial, process_group=group)
+    with (partial / f"rank-{ranks.rank}.pt").open("wb") as file:
+        torch.save(own, file)
+        _to_disk(file)
+    return shards  # type: ignore[return-value]  a Future, unless a process of its own writes
+
+
+def _finish(partial: Path, final: Path, progress: str, keep: int | None) -> None:
+    with (partial / "progress.json").open("w") as file:
+        file.write(progress)
+        _to_disk(file)
+    if final.exists():
+        _unname(final)
+    partial.rename(final)
+    for old in complete(final.parent)[:-keep] if keep else ():
+        _unname(old)
+    for left in final.parent.glob(".checkpoint-*"):
+        shutil.rmtree(left)
+
+
+def _unname(path: Path) -> None:
+    """Ahead of its removal: what a kill leaves of it is never taken for a checkpoint."""
+    gone = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+
+
+def _to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _together(ranks: Ranks, act, final: Path) -> None:
+    """All ranks go on, or all give up: a full disk may be that of one node."""
+    failure: BaseException | None = None
+    try:
+        act()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        failure = error
+    if ranks.any(failure is not None):
+        told = [text for text in ranks.gather("" if failure is None else _cause(failure)) if text]
+        if ranks.is_main:
+            shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
+        raise SaveFailed(f"{final} could not be written: {told[0]}") from failure
+
+
+def _cause(error: BaseException) -> str:
+    """In a line; dcp's own exception has those of its ranks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> None:
+    """Restores model, optimizer and other modules in place."""
     state = _state(modules, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
@@ -71,7 +170,15 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> dict[str, A
     )
     for name in modules.keys() - {"model"}:
         set_model_state_dict(modules[name], state[name])
+
+
+def progress_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "progress.json").read_text())
+
+
+def own_of(path: Path, rank: int) -> dict[str, Any]:
+    """What a rank left beside its shards."""
+    return torch.load(path / f"rank-{rank}.pt", weights_only=True)
 
 
 # of a model with adapters those alone: the weights below them are where they were loaded from

@@ -20,6 +20,8 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
                       preferences among them, and fine-tuning on the best
   train FILE.yaml     what the file's `method` says, with its other keys as flags
   methods [NAME]      the losses: formulas, papers, what they read, hyperparameters
+  verify-resume COMMAND ... (or FILE.yaml ...)
+                      a few steps of a run, straight through and resumed: are they equal?
   report FOLDER       makes report.html of a run again, finished or not
   demo                SFT, DPO and GRPO of a tiny model on a generated task
 
@@ -54,6 +56,7 @@ def _dispatch(argv: list[str]) -> None:
         command, rest = from_file(rest)
     known = {"sft": _sft, "dpo": _dpo, "kto": _kto, "reward": _reward}
     known |= {"methods": _methods, "report": _report, "demo": _demo, "train": None}
+    known |= {"verify-resume": _verify_resume}
     known |= {name: partial(_online, name) for name in ONLINE}
     run = known.get(command)
     if run is None:
@@ -120,6 +123,19 @@ def _demo(rest: list[str]) -> None:
     from .flags import parse
 
     run_demo(parse(DemoConfig, rest))
+
+
+def _verify_resume(rest: list[str]) -> None:
+    from .flags import CONFIGS, from_file, nearest, parse
+
+    if not rest or rest[0] not in CONFIGS and not rest[0].endswith((".yaml", ".yml")):
+        got = rest[0] + nearest(rest[0], CONFIGS) if rest else "nothing"
+        raise UserError(f"verify-resume: wanted a command or a FILE.yaml first; got {got}")
+    command, argv = (rest[0], rest[1:]) if rest[0] in CONFIGS else from_file(rest)
+    config = parse(CONFIGS[command], argv)
+    from .verify_resume import verify_resume
+
+    verify_resume(command, argv, config)
 
 
 def _report(rest: list[str]) -> None:

@@ -123,12 +123,19 @@ class TrainConfig:
         "travel in their place.",
     )
 
+    ddp_timeout: int = flag(
+        default=1800, help="Seconds that a rank waits for the others before it gives up."
+    )
+
     logging_steps: int = flag(default=10, help="Steps between log lines.")
     logging_first_step: bool = flag(default=True, help="Log the first step, too.")
     eval_strategy: Literal["no", "steps", "epoch"] = flag(default="no", help="When to evaluate.")
     eval_steps: int = flag(default=500, help="Steps between evaluations.")
     eval_on_start: bool = flag(default=False, help="Evaluate before the first step, too.")
     save_steps: int = flag(default=500, help="Steps between checkpoints; 0 for none.")
+    save_async: bool = flag(
+        default=False, help="Train on while a checkpoint is written, from a copy in memory."
+    )
     save_total_limit: int | None = flag(default=None, help="Checkpoints to keep.")
     resume_from_checkpoint: str | None = flag(
         default=None, help="A checkpoint folder, or true for the newest in output_dir."
@@ -178,6 +185,7 @@ COUNTS = (
     "eval_steps",
     "save_total_limit",
     "fsdp_group_size",
+    "ddp_timeout",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -37,6 +38,10 @@ class Ranks:
         """Whether `flag` is true on any rank; every rank gets the same answer."""
         return bool(self.total(torch.tensor([float(flag)], dtype=torch.float64)).item())
 
+    def largest(self, value: int) -> int:
+        """Over ranks."""
+        return max(self.gather(value)) if self.any(bool(value)) else 0
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         every = [value] * self.world
@@ -53,8 +58,9 @@ class Ranks:
             dist.barrier()
 
 
-def start() -> Ranks:
-    """Joins the process group torchrun describes in the environment, if it does."""
+def start(timeout: float = 1800) -> Ranks:
+    """Joins the process group torchrun describes in the environment, if it does; timeout: seconds
+    that a rank waits for others."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -62,7 +68,8 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        wait = timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait)
     return Ranks(int(os.environ.get("RANK", 0)), world, device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -102,11 +102,19 @@ class Window:
         differ = np.fmax.reduce(groups, axis=1) > np.fmin.reduce(groups, axis=1)
         return np.asarray(differ, dtype=bool)
 
+    def copy(self) -> Window:
+        """One that a learner's choices and columns do not reach."""
+        return replace(self, columns=dict(self.columns), kept=self.kept.copy())
+
     def taken(self, groups: Iterable[int]) -> Window:
-        """Of these prompts alone; before any column is set."""
-        assert not self.columns
+        """Of these prompts alone."""
         chosen = list(groups)
         rows = [g * self.each + k for g in chosen for k in range(self.each)]
+        bounds = self.cu_seqlens.tolist()
+        columns = {
+            name: np.concatenate([values[:0], *(values[bounds[i] : bounds[i + 1]] for i in rows)])
+            for name, values in self.columns.items()
+        }
         return Window(
             [self.prompts[g] for g in chosen],
             [self.completions[i] for i in rows],
@@ -120,12 +128,12 @@ class Window:
             None if self.costs is None else self.costs[rows],
             None if self.wins is None else self.wins[chosen],
             None if self.token_rewards is None else [self.token_rewards[i] for i in rows],
-            kept=self.kept[rows],
+            columns,
+            self.kept[rows],
         )
 
     def joined(self, more: Window) -> Window:
-        """With the prompts of another after its own; before any column is set."""
-        assert not self.columns and not more.columns
+        """With the prompts of another after its own, and the same columns."""
         others = self.others
         if others is not None and more.others is not None:
             others = others.joined(more.others)
@@ -149,7 +157,8 @@ class Window:
             costs,
             wins,
             None if not dense else self.paid() + more.paid(),
-            kept=np.concatenate([self.kept, more.kept]),
+            {name: np.concatenate([x, more.columns[name]]) for name, x in self.columns.items()},
+            np.concatenate([self.kept, more.kept]),
         )
 
     def micro_batches(self, every: bool = False) -> list[list[Example]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
-from . import checkpoint
 from .batch import pack
 from .data import Example
 from .dist import Ranks
-from .errors import UserError
+from .guards import finite, interruptible, naming_lost_ranks, not_finite
 from .objectives import Method
 from .report import Meter, Report
+from .resume import Checkpoints
 from .schedule import Steps, share_out
 from .sharding import reduce_at
 
@@ -41,25 +40,31 @@ def train(
     evaluation: what is measured on held-out data, by the steps done.
     """
     learning_rate = make_scheduler(optimizer, config, schedule.total_steps)
-    start = resume(config, method, scorer, optimizer, learning_rate, schedule, report)
+    modules = {"model": scorer, **method.modules}
+    given = config, modules, optimizer, learning_rate, schedule, ranks, report, meter
+    checkpoints = Checkpoints(*given)
+    start = checkpoints.begin()
     scorer.train()
 
     if evaluation and config.eval_on_start and not start:
         report.metrics(0, evaluation(0))
         meter.clear()
 
-    stop = due = False
+    stop, due, step = 0, False, start
     with (
         report.page(),
         report.progress(config.disable_tqdm) as progress,
         interruptible() as interrupted,
+        naming_lost_ranks(ranks, lambda: f"step {step + 1}"),
     ):
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
-        for step in range(start, schedule.total_steps):
+        for step in range(start, schedule.total_steps):  # noqa: B007  told where a rank is lost
             micro_batches = schedule.step(step)
             losses = backward(config, method, scorer, micro_batches, ranks, meter)
             grad_norm = clip(scorer, config)
-            stop_unless_finite(step, losses, grad_norm, micro_batches, ranks)
+            if not finite(losses, grad_norm, ranks):
+                again = partial(gradient_norm, config, method, scorer, ranks)
+                raise not_finite(step, losses, grad_norm, micro_batches, again, ranks)
             meter.add({"grad_norm": grad_norm[None]})
             rate = float(learning_rate.get_last_lr()[0])
             optimizer.step()
@@ -79,25 +84,16 @@ def train(
                 values = evaluation(done)
                 report.metrics(done, values)
                 meter.started += values["eval_runtime"]
-            stop = stop or ranks.any(interrupted())
-            due = due or stop or bool(config.save_steps and done % config.save_steps == 0)
+            stop = stop or ranks.largest(interrupted())
+            due = due or bool(stop or config.save_steps and done % config.save_steps == 0)
             if due and schedule.resumable(done):
                 due = False
-                saved = checkpoint.save(
-                    Path(config.output_dir),
-                    ranks,
-                    {"model": scorer, **method.modules},
-                    optimizer,
-                    {
-                        "step": done,
-                        "learning_rate": learning_rate.state_dict(),
-                        "schedule": schedule.state(),
-                    },
-                    config.save_total_limit,
-                )
+                saved = checkpoints.save(done, last=bool(stop))
                 if stop:
-                    report.say(f"interrupted after step {done}; saved {saved}")
-                    raise KeyboardInterrupt
+                    name = signal.Signals(stop).name
+                    report.say(f"interrupted after step {done}; saved {saved} ({name})")
+                    raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
+            checkpoints.poll(done, wait=done == schedule.total_steps)
 
 
 def backward(
@@ -157,21 +153,6 @@ def make_scheduler(optimizer, config, total_steps: int):
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
-def resume(
-    config, method: Method, scorer, optimizer, learning_rate, schedule: Steps, report: Report
-) -> int:
-    """The step to begin with."""
-    if not config.resume_from_checkpoint:
-        return 0
-    path = checkpoint.resolve(Path(config.output_dir), config.resume_from_checkpoint)
-    progress = checkpoint.load(path, {"model": scorer, **method.modules}, optimizer)
-    learning_rate.load_state_dict(progress["learning_rate"])
-    schedule.restore(progress["schedule"])
-    report.forget_after(progress["step"])
-    report.say(f"resumed {path} at step {progress['step']}")
-    return progress["step"]
-
-
 def global_units(method: Method, batches, ranks: Ranks) -> float:
     """How many units (tokens, pairs, ...) the optimizer step has, over ranks and micro-batches."""
     count = sum(batch.count(method.unit) for batch in batches)
@@ -191,18 +172,13 @@ def clip(scorer: nn.Module, config) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def stop_unless_finite(step, losses, grad_norm, micro_batches, ranks: Ranks) -> None:
-    """Stops before an update that would spoil the weights; every rank sees the same answer."""
-    bad = sum((~torch.isfinite(x)).double().sum() for x in (*losses, grad_norm))
-    if not ranks.any(bool(bad)):
-        return
-    rows = [e.where or str(e.index) for rows in micro_batches for e in rows]
-    shown = ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
-    raise UserError(
-        f"step {step + 1}: loss or gradient is not finite (loss {[float(x) for x in losses]}, "
-        f"gradient norm {float(grad_norm)}); the weights are as they were before it. "
-        f"Rows: {shown}. Lower --learning_rate, or look at those rows"
-    )
+def gradient_norm(config, method: Method, scorer, ranks: Ranks, micro_batches) -> float:
+    """Of these micro-batches alone; leaves no gradient."""
+    scorer.zero_grad()
+    backward(config, method, scorer, micro_batches, ranks, Meter(ranks))
+    norm = float(clip(scorer, config))
+    scorer.zero_grad()
+    return norm
 
 
 def logs(config, done: int, schedule: Steps) -> bool:
@@ -236,23 +212,3 @@ def evaluate(
     values = meter.read()
     values["runtime"] = values["num_tokens"] / values["tokens_per_second"]
     return {f"eval_{name}": value for name, value in values.items()}
-
-
-@contextmanager
-def interruptible():
-    """Ctrl-C asks for an end after the step at hand; a second one ends at once."""
-    asked: float | None = None
-
-    def ask(signum, frame):
-        nonlocal asked
-        now = time.monotonic()
-        if asked is not None and now - asked > 1:  # torchrun passes on what the terminal sent too
-            raise KeyboardInterrupt
-        asked = asked or now
-
-    old = signal.signal(signal.SIGINT, ask)
-    answer: Callable[[], bool] = lambda: asked is not None  # noqa: E731
-    try:
-        yield answer
-    finally:
-        signal.signal(signal.SIGINT, old)

@@ -23,14 +23,15 @@ from .model import can_share_prefixes, check_vocabulary, export, load_model, loa
 from .objectives import Method, Reference
 from .reference_cache import ReferenceCache, identity_of
 from .report import Meter, Report, claim_folder
+from .resume import same_rows
 from .rows import Row, load_rows
 from .schedule import Schedule, share_out
 from .scores import Scorer, probe
 from .sharding import decoder_layers, shard, sharding_of
 
 
-def run_sft(config: SFTConfig) -> None:
-    """`prefuse sft`."""
+def run_sft(config: SFTConfig, go=None) -> None:
+    """`prefuse sft`; go: in place of `run`, with its arguments."""
 
     def tokenize(rows, tokenizer):
         return sft_examples(
@@ -41,11 +42,11 @@ def run_sft(config: SFTConfig) -> None:
             config.assistant_only_loss,
         )
 
-    run(config, "sft", tokenize, lambda *_: objectives.sft())
+    (go or run)(config, "sft", tokenize, lambda *_: objectives.sft())
 
 
-def run_dpo(config: DPOConfig) -> None:
-    """`prefuse dpo`."""
+def run_dpo(config: DPOConfig, go=None) -> None:
+    """`prefuse dpo`; go: in place of `run`, with its arguments."""
 
     def tokenize(rows, tokenizer):
         judged = objectives.judged_columns(config.loss_type)
@@ -66,7 +67,7 @@ def run_dpo(config: DPOConfig) -> None:
             lambda ref: objectives.dpo(ref, config.loss_type, config.hyperparameters),
         )
 
-    run(config, "dpo", tokenize, method)
+    (go or run)(config, "dpo", tokenize, method)
 
 
 def referenced(
@@ -84,7 +85,7 @@ def referenced(
 
 def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside=None) -> None:
     """beside: loads a critic that is trained with the policy, for methods that have one."""
-    ranks = start()
+    ranks = start(config.ddp_timeout)
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
@@ -140,7 +141,7 @@ def resolve(config, ranks: Ranks):
     if config.bf16 is None:
         on_gpu = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
         config = updated(config, bf16=on_gpu)
-    return config
+    return same_rows(config, ranks)
 
 
 def train_and_held_out(config: TrainConfig) -> tuple[list[Row], list[Row]]:

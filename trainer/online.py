@@ -38,6 +38,7 @@ from .report import Meter, Report, claim_folder
 from .sampling import Sampler, play, sources
 from .scores import Scorer
 from .sharding import shard, sharding_of
+from .window_state import dealt, fingerprint, read, written
 
 Frozen = Scorer | Unadapted | None
 
@@ -55,7 +56,7 @@ class Models(NamedTuple):
 def run_online(config: OnlineConfig, name: str) -> None:
     """`prefuse grpo`, `rloo`, `online-dpo`, ...: one engine, other learners."""
     checks.check(config)
-    ranks = start()
+    ranks = start(config.ddp_timeout)
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
@@ -215,23 +216,50 @@ class OnlineSchedule:
         least = config.replay_success if isinstance(config, PolicyConfig) else None
         self.replay = None if least is None else Replay(least, ranks)
         self.window: Window | None = None
+        self.fresh: Window | None = None  # the same as it was before the learner read it
         self.batches: list[list[Example]] = []
 
     def resumable(self, done: int) -> bool:
-        """Whether nothing of a window is left over, which a checkpoint would not hold."""
-        whole = self.steps_per_window * (2 if self.sampler.between else 1)
-        return done % whole == 0
+        """Of an extragradient update both halves: the second begins where the first began, with
+        weights that no checkpoint holds."""
+        return self.sampler.between is None or done % (2 * self.steps_per_window) == 0
+
+    def rows(self) -> dict[str, Any]:
+        prompts, config = self.sampler.prompts, self.config
+        return {
+            "rows": len(prompts),
+            "sha256": fingerprint(prompts),
+            "seed": config.seed if config.shuffle_dataset else None,
+            "prompts of a window": self.sampler.size * self.ranks.world,
+            "steps of a window": self.steps_per_window,
+        }
 
     def state(self) -> dict[str, Any]:
         stored = self.replay.stored if self.replay else {}
         return {"windows": self.sampler.drawn, "replay": stored, **self.controls.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def own(self, done: int) -> dict[str, Any]:
+        """The window that steps are left of."""
+        left = self.fresh is not None and done % self.steps_per_window
+        return {"window": written(self.fresh) if left and self.fresh else None}
+
+    def restore(self, done: int, state: dict[str, Any], owned: list[dict[str, Any]]) -> None:
         self.sampler.drawn = state["windows"]
         if self.replay:
             self.replay.stored = state["replay"]
         for name in self.controls.state():
             setattr(self.controls, name, state[name])
+        iteration, part = divmod(done % self.steps_per_window, self.config.num_mini_batches)
+        if not iteration and not part:
+            return
+        rows = self.config.per_device_train_batch_size
+        windows = [read(own["window"], self.sampler.prompts, rows) for own in owned]
+        if len(windows) > 1 or len(windows[0].prompts) != self.sampler.size:
+            windows = [dealt(windows, self.config.num_mini_batches, self.ranks)]
+        self.window = windows[0]
+        self.fresh = self.window.copy()
+        for passed in range(iteration + bool(part)):  # what the learner left in it
+            self.batches = self.learner.batches(self.window, passed)
 
     def step(self, step: int) -> list[list[Example]]:
         """This rank's micro-batches of optimizer step `step`."""
@@ -239,6 +267,7 @@ class OnlineSchedule:
         iteration, part = divmod(place, self.config.num_mini_batches)
         if place == 0:
             self.window = self._collect(step + 1)
+            self.fresh = self.window.copy()
         if part == 0:
             assert self.window is not None
             self.batches = self.learner.batches(self.window, iteration)

@@ -172,6 +172,25 @@ class Meter:
             self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.counts[name] = self.counts[name] + count if name in self.counts else count
 
+    def state(self) -> dict[str, Any]:
+        """As plain numbers, for a checkpoint between two log lines."""
+        return {
+            "sums": {name: float(value) for name, value in self.sums.items()},
+            "counts": {name: float(value) for name, value in self.counts.items()},
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """The sum of what ranks had."""
+        self.clear()
+        for state in states:
+            for name, value in state["sums"].items():
+                count = torch.tensor(state["counts"][name], dtype=torch.float64)
+                self.add({name: Mean(torch.tensor(value, dtype=torch.float64), count)})
+            self.tokens += state["tokens"]
+        self.started -= max((state["seconds"] for state in states), default=0.0)
+
     def read(self) -> dict[str, float]:
         names = self.ranks.union(self.sums)  # a reward's own metrics may be of one rank alone
         packed = [torch.as_tensor(self.sums.get(n, 0.0)).cpu() for n in names] + [

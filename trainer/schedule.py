@@ -6,6 +6,7 @@ any split of them over ranks and micro-batches gives the same gradient.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, Protocol
 
@@ -28,11 +29,21 @@ class Steps(Protocol):
         """Whether a checkpoint after `done` steps holds all that the next step needs."""
         ...
 
+    def rows(self) -> dict[str, Any]:
+        """What the order of rows follows from: a SHA-256 of them, the seed."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a resumed run must know besides the step; the same on every rank."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def own(self, done: int) -> dict[str, Any]:
+        """What it must know of this rank: tensors and plain values."""
+        ...
+
+    def restore(self, done: int, state: dict[str, Any], owned: list[dict[str, Any]]) -> None:
+        """owned: what this rank left, or all ranks where there were more or fewer of them."""
+        ...
 
     def step(self, step: int) -> list[list[Example]]:
         """This rank's micro-batches of optimizer step `step`; every rank has as many."""
@@ -63,10 +74,22 @@ class Schedule:
     def resumable(self, done: int) -> bool:
         return True
 
+    def rows(self) -> dict[str, Any]:
+        found = hashlib.sha256()
+        for example in self.examples:
+            for sequence in example.sequences:
+                found.update(len(sequence.tokens).to_bytes(8, "little"))
+                found.update(sequence.tokens.tobytes() + sequence.scored.tobytes())
+            found.update(repr(example.judged).encode())
+        return {"rows": len(self.examples), "sha256": found.hexdigest(), "seed": self.seed}
+
     def state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def own(self, done: int) -> dict[str, Any]:
+        return {}
+
+    def restore(self, done: int, state: dict[str, Any], owned: list[dict[str, Any]]) -> None:
         pass
 
     def step(self, step: int) -> list[list[Example]]:
