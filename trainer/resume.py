@@ -73,8 +73,11 @@ class Checkpoints:
         return step
 
     def save(self, done: int, last: bool) -> Path:
-        """Where it is, or will be. last: nothing comes after it, so that one which cannot be written is the user's to
-        mend; else the run goes on with the ones that it has."""
+        """Where it is, or will be.
+
+        last: nothing comes after it, so that one which cannot be written is the user's to mend;
+        else the run goes on with the ones that it has.
+        """
         self.poll(done, wait=True)
         try:
             self._start(done)
