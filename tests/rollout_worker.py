@@ -8,6 +8,7 @@ from tiny import scorer_of, tiny_model, tiny_tokenizer
 
 from prefuse.trainer import dist
 from prefuse.trainer.rollout import Sampling, make_engine
+from prefuse.trainer.sharding import shard
 
 LENGTHS = (5, 33, 9)  # rank 0 samples all, rank 1 the first, so that their steps differ
 SAMPLING = Sampling(max_new_tokens=12, eos_token_ids=(1,))
@@ -25,7 +26,7 @@ def sampled(engine, count: int) -> list:
 
 def main() -> None:
     ranks = dist.start()
-    scorer = dist.shard(scorer_of(tiny_model(tie=True)), ranks)
+    scorer = shard(scorer_of(tiny_model(tie=True)), ranks)
     engine = make_engine("transformers", scorer.model, tiny_tokenizer())
     count = 3 - 2 * ranks.rank
     found = [sampled(engine, count)]
