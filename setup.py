@@ -13,7 +13,7 @@ from setuptools import setup
 
 NVCC = shutil.which("nvcc") if os.environ.get("PREFUSE_CUDA", "1") != "0" else None
 ARCHS = ("80", "90", "100")
-FOLDERS = ("engines", "feedback", "learners", "page")
+FOLDERS = ("engines", "feedback", "learners", "page", "plan")
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 

@@ -22,10 +22,12 @@ USAGE = """usage: prefuse COMMAND [--flag value ...] [--config FILE.yaml]
   methods [NAME]      the losses: formulas, papers, what they read, hyperparameters
   verify-resume COMMAND ... (or FILE.yaml ...)
                       a few steps of a run, straight through and resumed: are they equal?
+  estimate COMMAND    memory, FLOPs and time of a run, from the model's config.json
   report FOLDER       makes report.html of a run again, finished or not
   demo                SFT, DPO and GRPO of a tiny model on a generated task
 
-prefuse COMMAND --help lists the flags.
+prefuse COMMAND --help lists the flags. COMMAND ... --dry_run walks the whole configuration
+without weights and training, --world_size N as the first of N ranks.
 """
 
 
@@ -49,16 +51,24 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    from .flags import ONLINE, from_file, nearest
+    from .flags import CONFIGS, ONLINE, from_file, nearest
 
     command, *rest = argv
     if command == "train":
         command, rest = from_file(rest)
     known = {"sft": _sft, "dpo": _dpo, "kto": _kto, "reward": _reward}
-    known |= {"methods": _methods, "report": _report, "demo": _demo, "train": None}
+    known |= {
+        "estimate": _estimate,
+        "methods": _methods,
+        "report": _report,
+        "demo": _demo,
+        "train": None,
+    }
     known |= {"verify-resume": _verify_resume}
     known |= {name: partial(_online, name) for name in ONLINE}
     run = known.get(command)
+    if command in CONFIGS and {"--dry_run", "--dry-run"} & set(rest):
+        run = partial(_dry_run, command)
     if run is None:
         raise UserError(f"{command}: no such command{nearest(command, known)}\n\n{USAGE}")
     from . import dist
@@ -116,6 +126,18 @@ def _online(command: str, rest: list[str]) -> None:
     from .online import run_online
 
     run_online(config, command)
+
+
+def _estimate(rest: list[str]) -> None:
+    from .plan.command import estimate_command
+
+    estimate_command(rest)
+
+
+def _dry_run(command: str, rest: list[str]) -> None:
+    from .plan.command import dry_run
+
+    dry_run(command, rest)
 
 
 def _demo(rest: list[str]) -> None:

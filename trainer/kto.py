@@ -45,8 +45,8 @@ def judged_columns(loss_type: str) -> tuple[str, ...]:
     return tuple(name for name in needed if name != "value" or loss_type != CRITIC)
 
 
-def run_kto(config: KTOConfig) -> None:
-    """`prefuse kto`."""
+def run_kto(config: KTOConfig, go=None) -> None:
+    """`prefuse kto`; go: in place of `run`, with its arguments."""
     columns = judged_columns(config.loss_type)
     if config.loss_type == "kto" and config.precomputes:
         raise UserError(
@@ -75,7 +75,9 @@ def run_kto(config: KTOConfig) -> None:
             ),
         )  # fmt: skip
 
-    run(config, "kto", tokenize, make, beside=load_critic if config.loss_type == CRITIC else None)
+    (go or run)(
+        config, "kto", tokenize, make, beside=load_critic if config.loss_type == CRITIC else None
+    )
 
 
 def method(

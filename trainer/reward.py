@@ -173,8 +173,8 @@ def method(loss_type: str, hyperparameters: dict[str, Any], ranks: Ranks, widest
     return found._replace(before_step=take_moments) if loss_type == "odin" else found
 
 
-def run_reward(config: RewardConfig) -> None:
-    """`prefuse reward`."""
+def run_reward(config: RewardConfig, go=None) -> None:
+    """`prefuse reward`; go: in place of `run`, with its arguments."""
     from .offline import run
 
     def tokenize(rows, tokenizer):
@@ -186,7 +186,7 @@ def run_reward(config: RewardConfig) -> None:
         widest = max(len(e.sequences) for e in examples)
         return method(config.loss_type, config.hyperparameters, ranks, widest)
 
-    run(config, "reward", tokenize, make, load_reward_scorer)
+    (go or run)(config, "reward", tokenize, make, load_reward_scorer)
 
 
 def load_reward_scorer(config, name: str, tokenizer, examples: list[Example], ranks: Ranks):
