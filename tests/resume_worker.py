@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest  # noqa: F401  finds prefuse in a clone that was never installed
 import torch
 
-from prefuse.trainer import loop
+from prefuse.trainer import dist, loop
 from prefuse.trainer.cli import main
 
 BACKWARD = loop.backward
@@ -50,6 +50,6 @@ def ledger(folder: Path) -> list[list[str]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for attempt, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # ranks meet anew in each
+    dist.stop = lambda: None  # ranks meet once
+    for job in json.loads(Path(sys.argv[1]).read_text()):
         run(**job)
