@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import (
     assert_same_gradients,
     gradients,
+    needs,
     pair_rows,
     ragged_pairs,
     scorer_of,
@@ -123,6 +124,13 @@ def test_only_adapters_move_and_peft_loads_them(run, models, tmp_path, command):
         assert heads or torch.equal(logits(loaded), logits(base))
     differences = [x.get("sampling/logp_difference", 0.0) for x in lines]  # of what was sampled
     assert max(differences) < 1e-4 and (command != "grpo" or max(differences) > 0)
+
+
+@pytest.mark.full
+@needs("psutil", "dev")
+def test_continuous_batching_samples_the_adapted_model(run):
+    lines = run("grpo", "out", "--engine", "transformers", "--gradient_checkpointing")
+    assert 0 < max(x["sampling/logp_difference"] for x in lines) < 1e-4
 
 
 def test_the_optimizer_has_adapters_alone(models):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..lora import merged
+from ..lora import has_adapters, merged
 
 
 class Twin:
@@ -26,8 +26,10 @@ class Twin:
         self.model = self._made_from(model)
 
     def follow(self, model: PreTrainedModel) -> None:
-        if self._copies(model):
+        if self._copies(model) and not has_adapters(self.model):
             _copy_weights(model, self.model)
+        elif self._copies(model):  # it shared tensors with a policy that was not sharded yet
+            self.model = self._made_from(model)
         elif not _shares(model, self.model):
             self.model = self._made_from(model)
 
