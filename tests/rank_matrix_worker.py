@@ -12,7 +12,7 @@ import torch
 from tiny import gradients, in_float64, ragged_pairs, scorer_of, tiny_model
 from transformers import LlamaForSequenceClassification
 
-from prefuse.trainer import kto, loop, objectives, reward
+from prefuse.trainer import kto, loop, lora, objectives, reward
 from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.data import Example
 from prefuse.trainer.dist import Ranks, start
@@ -26,7 +26,7 @@ from prefuse.trainer.sharding import Sharding, shard
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo")
 LAYOUTS = ("shared", "packed", "padded")
-HEADS = {"gathered": False, "sharded": True, "tied": True}
+HEADS = {"gathered": False, "sharded": True, "tied": True, "adapters": True}
 ACCUMULATIONS = (1, 2, 4)
 ROWS, VOCABULARY = 16, 53  # of a step, of which one is missing; over 4 ranks the last has fewer
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -69,23 +69,39 @@ def models_of(method: str, layout: str, head: str, ranks: Ranks, dtype: torch.dt
     def made(seed: int, frozen: bool = False):
         model = tiny_model(tie=head == "tied", seed=seed, vocab_size=VOCABULARY)
         model = in_float64(model) if dtype == torch.float64 else model
+        if head == "adapters":
+            adapt(model)
         return shard(scorer_of(model, layout), ranks, how, frozen)
 
     if method == "reward":
-        return shard(reward_scorer(layout, dtype), ranks, how), reward.method(
-            "bradley_terry", {}, ranks, 2
-        )
+        scorer = shard(reward_scorer(layout, dtype, head == "adapters"), ranks, how)
+        return scorer, reward.method("bradley_terry", {}, ranks, 2)
+    policy = made(0)
     if method == "sft":
-        return made(0), objectives.sft()
+        return policy, objectives.sft()
     if method == "grpo":
-        return made(0), policy_method(grpo_config(), Controls(0.04))
-    reference = objectives.live_reference(made(1, frozen=True).requires_grad_(False))
+        return policy, policy_method(grpo_config(), Controls(0.04))
+    other = lora.Unadapted(policy) if head == "adapters" else made(1, frozen=True)
+    if head != "adapters":
+        other.requires_grad_(False)
+    reference = objectives.live_reference(other)
     if method == "dpo":
-        return made(0), objectives.dpo(reference, "sigmoid", {})
-    return made(0), kto.method(reference, examples_of("kto"), "kto", {}, ranks)
+        return policy, objectives.dpo(reference, "sigmoid", {})
+    return policy, kto.method(reference, examples_of("kto"), "kto", {}, ranks)
 
 
-def reward_scorer(layout: str, dtype: torch.dtype) -> RewardScorer:
+def adapt(model) -> None:
+    """Adapters that say something: fresh ones multiply by 0."""
+    where = dict(lora_target_modules=["all-linear"], lora_r=4)
+    lora.attach(DPOConfig("tiny", "rows", "unused", use_peft=True, bf16=False, **where), model)
+    generator = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            drawn = torch.empty(p.shape).normal_(0, 0.05, generator=generator)
+            p.data = drawn.to(model.dtype)  # which peft leaves in float32
+
+
+def reward_scorer(layout: str, dtype: torch.dtype, adapters: bool) -> RewardScorer:
     like = tiny_model(vocab_size=VOCABULARY)
     body = scorer_of(like, layout).model
     body.config.num_labels = 1
@@ -94,7 +110,10 @@ def reward_scorer(layout: str, dtype: torch.dtype) -> RewardScorer:
     generator = torch.Generator().manual_seed(3)
     torch.nn.init.normal_(model.score.weight, 0, 0.1, generator=generator)
     model.set_attn_implementation(body.config._attn_implementation)
-    return RewardScorer(in_float64(model) if dtype == torch.float64 else model, layout)
+    model = in_float64(model) if dtype == torch.float64 else model
+    if adapters:
+        adapt(model)
+    return RewardScorer(model, layout)
 
 
 def grpo_config() -> GRPOConfig:
@@ -117,7 +136,7 @@ def gradient(method: str, layout: str, head: str, ranks: Ranks, accumulation: in
 
 def cases() -> Iterator[tuple[str, str, str, int]]:
     for case in product(METHODS, LAYOUTS, HEADS, ACCUMULATIONS):
-        if case[0] != "reward" or case[2] == "gathered":  # a head of scores is no vocabulary
+        if case[0] != "reward" or case[2] in ("gathered", "adapters"):  # it has no vocabulary
             yield case
 
 

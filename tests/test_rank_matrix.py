@@ -37,5 +37,5 @@ def test_one_gradient(found, method):
         for case, got in results.items():
             if case[0] == method:
                 worst[(world, *case)] = relative_error(got, wanted[case[2]])
-    assert len(worst) == 3 * (9 if method == "reward" else 27)
+    assert len(worst) == 3 * (18 if method == "reward" else 36)
     assert max(worst.values()) <= 1e-6, max(worst.items(), key=lambda item: item[1])
