@@ -95,7 +95,7 @@ def digests(path: Path) -> dict[str, str]:
     for name, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            checkpoint.read_alone({name: tensor}, path)
             found[name] = _digest(tensor)
     progress = checkpoint.progress_of(path)
     for rank in range(progress["world"]):
