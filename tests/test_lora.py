@@ -295,8 +295,8 @@ def test_compiled_layers_give_the_same_gradients():
     "command", ["dpo", pytest.param("ppo", marks=FULL), pytest.param("reward", marks=FULL)]
 )
 def test_resume_is_straight_through(run, tmp_path, command):
-    """Exactly; and a checkpoint has the adapters alone."""
-    more = ["--num_iterations", "1"] if command == "ppo" else []
+    """Exactly, with dropout; and a checkpoint has the adapters alone."""
+    more = ["--lora_dropout", "0.3", *(["--num_iterations", "1"] if command == "ppo" else [])]
     straight = run(command, "straight", *more)
     run(command, "broken", *more, "--save_steps", "3")
     path = str(tmp_path / "broken/checkpoint-3")
