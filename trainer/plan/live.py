@@ -22,11 +22,12 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
 
 
 class LiveBytes(TorchDispatchMode):
-    """now: the class of what is made next. recording: keeps every operation's totals."""
+    """now: the class of what is made next. recording: keeps every operation's totals. resizing:
+    looks at every storage again, as FSDP empties those of gathered weights."""
 
-    def __init__(self, recording: bool = False):
+    def __init__(self, recording: bool = False, resizing: bool = False):
         super().__init__()
-        self.now, self.recording = "activations", recording
+        self.now, self.recording, self.resizing = "activations", recording, resizing
         self.totals: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = {}
         self.timeline: list[dict[str, int]] = []
@@ -79,10 +80,19 @@ class LiveBytes(TorchDispatchMode):
 
     def mark(self) -> None:
         """One more moment."""
+        if self.resizing:
+            self._look_again()
         if self.recording:
             self.timeline.append({**self.totals, MOVED: self.moved})
         if sum(self.totals.values()) > sum(self.peak.values()):
             self.peak = dict(self.totals)
+
+    def _look_again(self) -> None:
+        for key, (ref, kind, size) in list(self.known.items()):
+            storage = ref()
+            if storage is not None and storage.nbytes() != size:
+                self.totals[kind] += storage.nbytes() - size
+                self.known[key] = ref, kind, storage.nbytes()
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
