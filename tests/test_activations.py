@@ -1,11 +1,24 @@
 """What is kept for the backward pass changes memory, never a gradient."""
 
+import json
+
 import pytest
 import torch
-from tiny import gradients, ragged_pairs, scorer_of, tiny_model
+from tiny import (
+    gradients,
+    pair_rows,
+    ragged_pairs,
+    scorer_of,
+    tiny_model,
+    write_model,
+    write_rows,
+)
 
 from prefuse.trainer import activations, objectives
 from prefuse.trainer.batch import pack
+from prefuse.trainer.cli import main
+
+OFF = ["--activation_offloading"]
 
 
 class Kept:
@@ -67,3 +80,20 @@ def test_what_is_offloaded(monkeypatch):
     packed = activations._pack(x)
     assert isinstance(packed, tuple) and packed[0].data_ptr() != x.data_ptr()
     assert torch.equal(activations._unpack(packed), x)
+
+
+def test_commands_take_the_flags(tmp_path, capsys):
+    """Losses are the same with any of them; a budget wants a compiler."""
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(12))
+    model, losses = write_model(tmp_path / "model"), []
+    again = ["--gradient_checkpointing", "--gradient_checkpointing_policy"]
+    for name, more in {"plain": [], "again": [*again, "selective"], "away": OFF}.items():
+        argv = ["dpo", "--model_name_or_path", model, "--dataset_name", rows, "--output_dir"]
+        argv += [str(tmp_path / name), "--max_steps", "3", "--logging_steps", "1"]
+        main([*argv, "--bf16", "false", "--disable_tqdm", "--learning_rate", "1e-3", *more])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(SystemExit):
+        main([*argv, "--activation_memory_budget", "0.5"])
+    assert "a number in [0, 1], with torch_compile" in capsys.readouterr().err

@@ -40,6 +40,15 @@ def _keep_products(_context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def budget(share: float | None) -> None:
+    """How much of its activations torch.compile lets a layer keep; the rest is made again, the
+    cheapest first. For this process; None leaves torch's own choice."""
+    if share is not None:
+        from torch._functorch import config
+
+        config.activation_memory_budget = share
+
+
 def offloaded(on: bool) -> AbstractContextManager:
     """What autograd keeps goes to the host's memory as it is made, and comes back when it is read;
     weights and small tensors stay."""

@@ -70,6 +70,18 @@ class TrainConfig:
         default="float32", help="Of the weights and the optimizer; bfloat16 is pure bfloat16."
     )
     gradient_checkpointing: bool = flag(default=False, help="Recompute activations backward.")
+    gradient_checkpointing_policy: Literal["full", "selective"] = flag(
+        default="full",
+        help="full: layers keep their inputs alone; selective: what matrix products and attention "
+        "made as well, so that only cheap operations are done again.",
+    )
+    activation_offloading: bool = flag(
+        default=False, help="What the backward pass needs waits in the host's memory."
+    )
+    activation_memory_budget: float | None = flag(
+        default=None,
+        help="With torch_compile: the share of its activations that a compiled layer may keep.",
+    )
     torch_compile: bool = flag(default=False, help="Compile each decoder layer.")
     layout: Literal["shared", "packed", "padded"] = flag(
         default="shared",
@@ -166,6 +178,10 @@ class TrainConfig:
         for name in ("merge_on_export", "lora_target_modules", "lora_modules_to_save"):
             given = bool(getattr(self, name)) and not self.use_peft
             require(not given, name, "--use_peft beside it", "none")
+        share = self.activation_memory_budget
+        fits = share is None or self.torch_compile and 0 <= share <= 1
+        wanted = "a number in [0, 1], with torch_compile"
+        require(fits, "activation_memory_budget", wanted, share)
         grouped = self.fsdp_group_size is None or self.fsdp == "hsdp"
         require(grouped, "fsdp_group_size", "unset, or fsdp hsdp", self.fsdp_group_size)
         require(

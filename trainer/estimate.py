@@ -101,10 +101,11 @@ def estimate(run: Run) -> Estimate:
     config = run.config
     work, scored, micro_batches = run.work(config)
     models, how = models_of(config), Shards.of(config, run.ranks, run.device)
+    again = config.gradient_checkpointing_policy if config.gradient_checkpointing else None
     step = Step(
         dtype=how.compute,
         autocast=bool(config.bf16) and config.dtype == "float32",
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=again,
         padded=config.layout == "padded",
         budget=None if config.head_budget_mb is None else config.head_budget_mb << 20,
         device=run.device.kind,
@@ -271,7 +272,7 @@ def _cost(
     backward = 2 if sizes.trained == sizes.weights else 1
     for kind in models.heads:
         row = 2 * sizes.head if kind == "lm" else 0
-        done += forward * (1 + backward + step.checkpointing) + row * work.scored * (2 + backward)
+        done += forward * (1 + backward + (step.checkpointing == "full")) + row * work.scored * (2 + backward)
         useful += 6 * (body + row // 2) * work.real + 3 * attention * work.pairs
     if models.reference in ("live", "window"):
         done += forward + 2 * sizes.head * work.scored

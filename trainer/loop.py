@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
+from .activations import offloaded
 from .batch import pack
 from .data import Example
 from .dist import Ranks
@@ -108,7 +109,7 @@ def backward(
         method.before_step(scorer, batches)
     losses = []
     for batch in batches:
-        with autocast(config, ranks):
+        with autocast(config, ranks), offloaded(config.activation_offloading):
             objective = method.objective(scorer, batch)
         loss = objective.loss.sum()
         reduce_at(scorer, last=batch is batches[-1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, lora, objectives
+from . import activations, checkpoint, lora, objectives
 from .batch import pack
 from .config import DPOConfig, OfflineConfig, SFTConfig, TrainConfig, updated
 from .critic import ActorCritic
@@ -185,10 +185,9 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks, temperatur
 def prepare(config, scorer: Scorer) -> None:
     """Memory and speed options of the model that is trained."""
     if config.gradient_checkpointing:
-        model: Any = scorer.model  # transformers 5.23 renamed it and warns of the old name
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        activations.checkpoint(scorer.model, config.gradient_checkpointing_policy)
     if config.torch_compile:
+        activations.budget(config.activation_memory_budget)
         for layer in decoder_layers(scorer):
             layer.compile()
 

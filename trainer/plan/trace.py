@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, initialization
 
+from .. import activations
 from ..batch import PackedBatch
 from ..errors import UserError
 from ..sharding import decoder_layers
@@ -59,7 +60,7 @@ class Step(NamedTuple):
 
     dtype: torch.dtype
     autocast: bool
-    checkpointing: bool
+    checkpointing: str | None  # its policy
     padded: bool
     budget: int | None
     device: torch.device
@@ -147,8 +148,7 @@ def build(config, step: Step, depth: int) -> Any:
     if step.ranks > 1:
         _keep_a_part(model, step.ranks)
     if step.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        activations.checkpoint(model, step.checkpointing)
     return model.train()
 
 
