@@ -21,6 +21,7 @@ from tiny import (
     write_rows,
 )
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from prefuse.trainer import lora
 from prefuse.trainer.batch import pack
@@ -133,6 +134,22 @@ def test_ranks_sample_and_learn_alike(tmp_path, name, more):
     for one, two in zip(*found, strict=True):
         for key in one.keys() & {"loss", "reward", "kl", "grad_norm", "value_loss"}:
             assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_ranks_merge_what_they_leave(tmp_path):
+    """A whole model from shards, tied, is the adapters of one process."""
+    argv = ["dpo", "--model_name_or_path", write_model(tmp_path / "model", tiny_model(tie=True))]
+    argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", pair_rows(24)), "--disable_tqdm"]
+    argv += ["--learning_rate", "1e-2", "--max_steps", "3", "--bf16", "false", "--use_peft"]
+    argv += ["--lora_target_modules", "all-linear", "--per_device_train_batch_size", "4"]
+    merged = ("--merge_on_export", "--output_dir", str(tmp_path / "two"))
+    both = [command(*argv, *merged, env=env) for env in each_rank(2)]
+    more = ("--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one"))
+    assert finish([*both, command(*argv, *more)]) == [0, 0, 0]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    adapters = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert_close(logits(whole), logits(adapters), rtol=0, atol=1e-5)
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
 
 
 def test_ranks_leave_the_same_adapters(ranked):
