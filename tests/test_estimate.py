@@ -11,6 +11,7 @@ import torch
 from tiny import (
     HERE,
     each_rank,
+    needs,
     python,
     ragged_pairs,
     tiny_model,
@@ -36,8 +37,9 @@ RUNS = {
     "dpo, checkpointing": [*DPO, "--gradient_checkpointing"],
     "dpo, padded": [*DPO, "--layout", "padded"],
     "dpo, repacked": [*DPO, "--max_tokens_per_micro_batch", "900"],
-    "dpo, 2 ranks": DPO,
     "grpo": ["grpo", *GRPO, "--max_completion_length", "40", "--num_generations", "4"],
+    "dpo, 2 ranks": DPO,
+    "dpo, adapters": [*DPO, "--use_peft"],
 }
 BIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
 BIG |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
@@ -89,7 +91,11 @@ def measured_mib(argv: list[str], ranks: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", *(pytest.param(n, marks=pytest.mark.full) for n in RUNS if n != "dpo")]
+    "name",
+    [
+        *(pytest.param(n, marks=() if n == "dpo" else pytest.mark.full) for n in list(RUNS)[:-1]),
+        pytest.param("dpo, adapters", marks=[pytest.mark.full, needs("peft", "peft")]),
+    ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(name, folder, capsys):
     argv = argv_of(RUNS[name], folder)

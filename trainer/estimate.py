@@ -272,7 +272,8 @@ def _cost(
     backward = 2 if sizes.trained == sizes.weights else 1
     for kind in models.heads:
         row = 2 * sizes.head if kind == "lm" else 0
-        done += forward * (1 + backward + (step.checkpointing == "full")) + row * work.scored * (2 + backward)
+        again = step.checkpointing == "full"
+        done += forward * (1 + backward + again) + row * work.scored * (2 + backward)
         useful += 6 * (body + row // 2) * work.real + 3 * attention * work.pairs
     if models.reference in ("live", "window"):
         done += forward + 2 * sizes.head * work.scored

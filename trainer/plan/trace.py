@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, initialization
 
 from .. import activations
@@ -139,17 +140,34 @@ def build(config, step: Step, depth: int) -> Any:
     kinds = getattr(config.get_text_config(), "layer_types", None)
     if kinds:
         config.get_text_config().layer_types = kinds[:depth]
-    model: Any = AutoModelForCausalLM.from_config(
-        config, dtype=step.dtype, attn_implementation=ATTENTION
-    )
+    with unset_fake_temporarily(), torch.device("meta"):  # peft swaps tensors, never fake ones
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=step.dtype, attn_implementation=ATTENTION
+        )
+        if step.adapt:
+            step.adapt(model)
+    _make_fake(model)
     model.config.use_cache = False
-    if step.adapt:
-        step.adapt(model)
     if step.ranks > 1:
         _keep_a_part(model, step.ranks)
     if step.checkpointing:
         activations.checkpoint(model, step.checkpointing)
     return model.train()
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Tensors of no device become fake ones of the CPU's; those that are one stay one."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                if x is None:
+                    continue
+                if id(x) not in made:
+                    fake = torch.empty(x.shape, dtype=x.dtype)
+                    known = isinstance(x, nn.Parameter)
+                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if known else fake
+                held[name] = made[id(x)]
 
 
 def _keep_a_part(model, ranks: int) -> None:
