@@ -16,8 +16,8 @@ from prefuse.trainer.cli import main
 BACKWARD = loop.backward
 
 
-def run(argv: list[str], dies_in: int | None = None) -> None:
-    """dies_in: the step in which the last rank is killed."""
+def run(argv: list[str], dies_in: int | None = None, by: int = signal.SIGKILL) -> None:
+    """dies_in: the step in which the last rank is sent a signal."""
     folder = Path(next(a for a in argv if a.startswith("--output_dir=")).split("=")[1])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     steps = 0
@@ -26,7 +26,7 @@ def run(argv: list[str], dies_in: int | None = None) -> None:
         nonlocal steps
         steps += 1
         if steps == dies_in and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         with folder.with_name(f"{folder.name}.{rank}.ledger").open("a") as file:
             rows = [e.where.rsplit(":", 1)[-1] for batch in micro_batches for e in batch]
             file.write(json.dumps(rows) + "\n")

@@ -3,6 +3,9 @@ every row seen once on others."""
 
 import json
 import random
+import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +143,8 @@ def test_streams_go_on_where_they_were():
     assert draw() == wanted
 
 
-def launch(top: Path, world: int, jobs: list[dict]) -> tuple[list[int], list[str]]:
-    """Exit statuses and what was said, by rank."""
+def launch(top: Path, world: int, jobs: list[dict], patience: float = 0):
+    """Exit statuses and what was said, by rank; patience: seconds for the others when one fails."""
     file = top / "jobs.json"
     file.write_text(json.dumps(jobs))
     logs = [top / f"{rank}.log" for rank in range(world)]
@@ -149,6 +152,13 @@ def launch(top: Path, world: int, jobs: list[dict]) -> tuple[list[int], list[str
         python(str(HERE / "resume_worker.py"), str(file), env=env, stdout=log.open("w"), stderr=-2)
         for env, log in zip(each_rank(world), logs, strict=True)
     ]
+    deadline = time.monotonic() + 240
+    while patience and all(p.poll() is None for p in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    deadline = time.monotonic() + patience
+    while sum(p.poll() is None for p in processes[:-1]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     statuses = finish(processes)
     return statuses, [log.read_text() for log in logs]
 
@@ -218,6 +228,18 @@ def test_other_ranks_go_on(top, case, k, before, after):
     statuses, said = launch(top, before, jobs)
     assert not any(statuses), said
     moved(top, case, name, k, after, even, rows)
+
+
+@FULL
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_ends_the_others(top, by):
+    """Those that wait for it end within 30 seconds of its end, or of the time that they wait."""
+    argv = command(top, "dpo", f"gone-{by}", "--ddp_timeout=15", rows=1)
+    statuses, said = launch(top, 4, [dict(argv=argv, dies_in=3, by=by)], patience=30)
+    assert statuses == [2, 2, 2, -9], said
+    for rank in range(3):
+        assert re.search(rf"rank {rank}, step 3: rank (\d, )*3 of 4 did not answer", said[rank])
+    assert [p.name for p in checkpoint.complete(top / f"dpo-gone-{by}")][-1] == "checkpoint-2"
 
 
 def test_a_verified_run_is_equal(top, monkeypatch, drops, capsys):

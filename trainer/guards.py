@@ -124,11 +124,12 @@ def naming_lost_ranks(ranks: Ranks, place: Callable[[], str]) -> Iterator[None]:
 
 
 def missing(ranks: Ranks) -> list[int]:
-    """The ranks that do not find out within seconds that one is gone: those that are."""
+    """The ranks that do not find out within seconds that one is gone: that one, and among four or
+    more perhaps some that are still waiting for it."""
     store = dist.distributed_c10d._get_default_store()
     try:
         store.set(f"prefuse/lost/{ranks.rank}", "")
-        dist.destroy_process_group()  # so that those who wait for this rank find out
+        dist.destroy_process_group()  # some of those who wait for this rank find out by it
     except Exception:  # the store's own rank may be the one
         return [0] if ranks.rank else []
     deadline = time.monotonic() + ROLL_CALL
