@@ -213,7 +213,7 @@ class SFTConfig(TrainConfig):
         default=None, help="Score the completion alone. Unset: yes where there is a prompt."
     )
     assistant_only_loss: bool = flag(
-        default=False, help="Score assistant turns alone; needs {% generation %} in the template."
+        default=False, help="Score assistant turns alone; needs {%% generation %%} in the template."
     )
 
 
