@@ -22,7 +22,7 @@ demo: install  ## SFT, DPO and GRPO of a tiny model on a generated task; ends wi
 	$(BIN)/prefuse demo --output_dir runs/demo
 
 test: install  ## at most 12 minutes on 2 cores, no GPU needed
-	$(BIN)/python -m pytest -m "not full" --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --durations=20
 
 test-full: $(VENV)/.peers  ## adds the slower proofs and the parity tests against the peers
 	$(BIN)/python -m pytest

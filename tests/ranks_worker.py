@@ -78,7 +78,9 @@ def config_of(folder: Path, **changes) -> DPOConfig:
 
 
 def shardings(world: int) -> dict[str, Sharding]:
-    return SHARDINGS if world > 1 else {}
+    """Groups of two want four ranks; the others are as well seen on two."""
+    names = {2: ("gathered head", "kept"), 4: ("hsdp", "copies")}.get(world, ())
+    return {name: SHARDINGS[name] for name in names}
 
 
 def models_of(method: str, dtype: torch.dtype, ranks: Ranks, moving: bool = False, how=FULL):

@@ -265,6 +265,7 @@ def test_mistakes_of_the_command_line(top, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_two_ranks_change_nothing(tmp_path):
     """9 rows over 2 ranks of 2 rows and 3 micro-batches: one rank has an empty one."""
     started = [python(__file__, str(tmp_path), env=env) for env in each_rank(2)]

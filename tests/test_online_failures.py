@@ -41,6 +41,7 @@ def test_a_reward_that_fails_stops_the_run(online_run, capsys, reward, told):
     assert told in message and "out.jsonl:" in message
 
 
+@pytest.mark.full
 def test_a_killed_run_loses_and_repeats_no_prompt(online_model, tmp_path):
     """SIGKILL while the fourth window is judged; then as if nothing had happened."""
     argv = ["grpo", "--model_name_or_path", online_model, "--max_completion_length", "6"]

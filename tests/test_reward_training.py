@@ -447,6 +447,7 @@ def test_ten_steps_of_trl_s_reward_trainer(data_dir, tmp_path, margins):
 LOSSES_OF_RANKS = ("bradley_terry", "odin", "k_wise", "prm")
 
 
+@pytest.mark.full
 def test_two_ranks_change_nothing(tmp_path):
     """9 rows over 2 ranks of 2 rows and 3 micro-batches: one rank has an empty one."""
     started = [python(__file__, str(tmp_path), env=env) for env in each_rank(2)]

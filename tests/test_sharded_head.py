@@ -7,7 +7,7 @@ from tiny import HERE, python
 from prefuse.kernels.linear_logp import VocabShard, linear_logp
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_shards_are_the_whole(world, tmp_path):
     """Odd vocabularies, empty shards, ranks without tokens; against float64 on one process."""
     logs = [tmp_path / f"{rank}.log" for rank in range(world)]
