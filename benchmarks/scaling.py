@@ -41,7 +41,8 @@ def config_of(name: str):
 
 def case(name: str, device: str, ranks: int, changes: dict[str, Any]) -> tuple[Run, Estimate]:
     with tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = dict(bf16=True, gradient_checkpointing=True, precompute_ref_log_probs=True)
+        given: dict[str, Any] = dict(bf16=True, gradient_checkpointing=True)
+        given |= dict(precompute_ref_log_probs=True)
         given |= dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
         config = DPOConfig(name, "rows", str(Path(folder)), max_length=2048, **given | changes)
     work = lambda c: uniform(c, 2048, 1024)  # noqa: E731
