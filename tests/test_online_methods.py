@@ -383,6 +383,7 @@ def test_recipes_run(online_train, online_judge, name):
         "abc": ["--reward_funcs", f"{online_judge}?credit=attention&beta=0.8"],
         "fine_grained": ["--reward_funcs", dense, steps, "--reward_weights", "1", "0.5", "0.3"],
         "rso": ["--rso_eta", "2"],  # at 0.5 it takes more than two groups to see a pair
+        "intuitor": ["--per_device_train_batch_size", "14"],  # its groups are of 7
         "prm_code": ["--reward_funcs", steps, "--critic_model_name_or_path", online_judge],
     }
     lines = online_train(RECIPES / f"{name}.yaml", *more.get(name, ()))
