@@ -32,6 +32,7 @@ from .head_plan import DEFAULT_BUDGET, check_head, head_options, needs_gradient,
 from .launch import expect
 from .tiled_head import (
     Head,
+    Options,
     Rows,
     anchor_logits,
     for_device,
@@ -257,6 +258,35 @@ def _loss_and_gradients(token_loss, stats: TokenStats, extras):
     return loss.detach(), (torch.zeros_like(logp) if grad_logp is None else grad_logp, *rest)
 
 
+def _settle(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature, group, impl,
+    *, softcap, logit_scale, outputs,
+) -> tuple[Options, Tensor, int]:  # fmt: skip
+    """After the checks: the options, 1 / temperature [N], and a rank's entries to plan with."""
+    check_head(hidden, weight, bias)
+    shard = None if group is None else as_shard(group, weight)
+    vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
+    inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
+    options = head_options(hidden, logit_scale, softcap, impl, shard)
+    return options, inverse_temperature, most
+
+
+def _everyones(options: Options, targets: Tensor) -> tuple[Tokens, VocabShard]:
+    """The tokens of all ranks, and the shard as it is where all have the same tokens."""
+    shard = options.shard
+    assert shard is not None
+    partial = options.impl != "reference"  # whose d hidden is whole on every rank
+    return Tokens.of(shard, targets), shard._replace(own_tokens=False, partial=partial)
+
+
+def _gathered(
+    weight: Tensor, bias: Tensor | None, shard: VocabShard | None
+) -> tuple[Tensor, Tensor | None]:
+    if shard is None:
+        return weight, bias
+    return whole(weight, shard), None if bias is None else whole(bias, shard)
+
+
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -301,15 +331,12 @@ def linear_logp(
     Raises:
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
     """
-    check_head(hidden, weight, bias)
-    shard = None if group is None else as_shard(group, weight)
-    vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
-    inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
-    options = head_options(hidden, logit_scale, softcap, impl, shard)
     form: dict[str, Any] = dict(softcap=softcap, logit_scale=logit_scale, outputs=outputs)
-    if shard is not None and shard.own_tokens:
-        tokens = Tokens.of(shard, targets)
-        shared = shard._replace(own_tokens=False, partial=options.impl != "reference")
+    options, inverse_temperature, most = _settle(
+        hidden, weight, targets, bias, temperature, group, impl, **form
+    )
+    if options.shard is not None and options.shard.own_tokens:
+        tokens, shared = _everyones(options, targets)
         stats = linear_logp(
             tokens.gather(hidden, shared.partial),
             weight,
@@ -324,8 +351,7 @@ def linear_logp(
         )
         return tokens.mine(stats)
     if options.impl == "reference":
-        if shard is not None:
-            weight, bias = whole(weight, shard), None if bias is None else whole(bias, shard)
+        weight, bias = _gathered(weight, bias, options.shard)
         return reference(hidden, weight, targets, bias, temperature=temperature, **form)
     capped_entropy = softcap is not None and "entropy" in outputs
     if capped_entropy:  # E carries the softcap's slope, so its logarithm is not d
@@ -377,18 +403,15 @@ def linear_token_loss(
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
         RuntimeError: in backward, if tokens have different upstream gradients.
     """
-    check_head(hidden, weight, bias)
-    shard = None if group is None else as_shard(group, weight)
-    vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
-    inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
+    form: dict[str, Any] = dict(softcap=softcap, logit_scale=logit_scale, outputs=outputs)
+    options, inverse_temperature, most = _settle(
+        hidden, weight, targets, bias, temperature, group, impl, **form
+    )
     for index, extra in enumerate(extras):
         expect(len(extra) == len(targets), f"extras[{index}]", f"{len(targets)} rows", len(extra))
         expect(not extra.requires_grad, f"extras[{index}]", "no gradient", "requires_grad=True")
-    options = head_options(hidden, logit_scale, softcap, impl, shard)
-    form: dict[str, Any] = dict(softcap=softcap, logit_scale=logit_scale, outputs=outputs)
-    if shard is not None and shard.own_tokens:
-        tokens = Tokens.of(shard, targets)
-        shared = shard._replace(own_tokens=False, partial=options.impl != "reference")
+    if options.shard is not None and options.shard.own_tokens:
+        tokens, shared = _everyones(options, targets)
         loss, stats = linear_token_loss(
             tokens.gather(hidden, shared.partial),
             weight,
@@ -405,8 +428,7 @@ def linear_token_loss(
         own = tokens.mine(stats._replace(logp=loss))
         return own.logp, own._replace(logp=stats.logp[tokens.place])
     if options.impl == "reference":
-        if shard is not None:
-            weight, bias = whole(weight, shard), None if bias is None else whole(bias, shard)
+        weight, bias = _gathered(weight, bias, options.shard)
         stats = reference(hidden, weight, targets, bias, temperature=temperature, **form)
         return token_loss(stats, *extras), stats.detach()
     run_rows = 0

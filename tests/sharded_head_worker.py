@@ -1,6 +1,5 @@
 """What every rank of tests/test_sharded_head.py runs: a head in shards against the whole one."""
 
-import sys
 from itertools import product
 
 import conftest  # noqa: F401  finds prefuse in a clone that was never installed
@@ -136,8 +135,7 @@ def check_token_loss(rank, world, vocab, own):
         close(one, other, f"token loss {own}")
 
 
-def main(rank: int, world: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def main(rank: int, world: int) -> None:
     for vocab, own, mode, form in product(
         (50, 7, 5), (False, True), ("stash", "recompute", "auto"), FORMS
     ):
@@ -148,8 +146,9 @@ def main(rank: int, world: int, file: str) -> None:
     check(rank, world, 50, 11, "far", True, "stash", torch.float32, impl="torch")
     for vocab, own in product((50, 5), (False, True)):
         check_token_loss(rank, world, vocab, own)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    dist.init_process_group("gloo")
+    main(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()

@@ -8,15 +8,15 @@ import ranks_worker as worker
 import torch
 from online_runs import PROMPTS, REWARDS
 from tiny import (
-    HERE,
     command,
     each_rank,
     finish,
     gradients,
+    launch,
     pair_rows,
-    python,
     relative_error,
     tiny_model,
+    told,
     write_model,
     write_rows,
 )
@@ -46,11 +46,7 @@ def ranked(tmp_path_factory):
     write_rows(top / "rows.jsonl", pair_rows(24))
     (top / "1").mkdir()
     (top / "2").mkdir()
-    started = []
-    for env in each_rank(2):
-        log = (top / f"{env['RANK']}.log").open("w")
-        argv = (str(HERE / "lora_worker.py"), str(top / "2"))
-        started.append(python(*argv, env=env, stdout=log, stderr=log))
+    started = launch(2, "lora_worker.py", top / "2")
     known = worker.models_of
     try:
         alone = lora_worker.every_case(top / "1", ALONE)
@@ -60,7 +56,7 @@ def ranked(tmp_path_factory):
         worker.models_of = known
         for p in started:
             p.kill()
-    assert not any(statuses), "".join(log.read_text()[-3000:] for log in top.glob("*.log"))
+    assert not any(statuses), told(top)
     return top, {1: alone, 2: torch.load(top / "2/found.pt", weights_only=True)}
 
 

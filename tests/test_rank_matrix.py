@@ -3,7 +3,7 @@
 import pytest
 import rank_matrix_worker as worker
 import torch
-from tiny import HERE, each_rank, finish, python, relative_error
+from tiny import finish, launch, relative_error, told
 
 
 @pytest.fixture(scope="module")
@@ -11,15 +11,8 @@ def found(tmp_path_factory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("matrix")
     results = {1: worker.every_case(worker.ALONE)}
     for world in (2, 4):
-        argv = (str(HERE / "rank_matrix_worker.py"), str(folder))
-        logs = [(folder / f"{world}-{rank}.log").open("w") for rank in range(world)]
-        started = [
-            python(*argv, env=env, stdout=log, stderr=log)
-            for env, log in zip(each_rank(world), logs, strict=True)
-        ]
-        codes = finish(started, timeout=900)
-        told = "\n".join((folder / f"{world}-{r}.log").read_text()[-2000:] for r in range(world))
-        assert codes == [0] * world, told
+        started = launch(world, "rank_matrix_worker.py", folder)
+        assert finish(started, timeout=900) == [0] * world, told(folder)
         results[world] = torch.load(folder / f"{world}.pt", weights_only=True)
     return results
 

@@ -10,15 +10,14 @@ import pytest
 import ranks_worker as worker
 import torch
 from tiny import (
-    HERE,
     assert_same_gradients,
-    each_rank,
     finish,
     gradients,
+    launch,
     pair_rows,
-    python,
     relative_error,
     tiny_model,
+    told,
     write_model,
     write_rows,
 )
@@ -33,31 +32,23 @@ WORLDS = (1, 2, 4)
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def launch(world: int, folder) -> list:
-    folder.mkdir()
-    started = []
-    for env in each_rank(world):
-        log = (folder / f"{env['RANK']}.log").open("w")
-        argv = (str(HERE / "ranks_worker.py"), str(folder))
-        started.append(python(*argv, env=env, stdout=log, stderr=log))
-    return started
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each world found; 2 and 4 ranks run at the same time."""
     top = tmp_path_factory.mktemp("ranks")
     write_model(top / "model", tiny_model(tie=True))
     write_rows(top / "rows.jsonl", pair_rows(40))
-    processes = [p for world in WORLDS[1:] for p in launch(world, top / str(world))]
+    processes = []
+    for world in WORLDS[1:]:
+        (top / str(world)).mkdir()
+        processes += launch(world, "ranks_worker.py", top / str(world))
     try:
         results = {1: alone(top / "1")}
         statuses = finish(processes)
     finally:
         for p in processes:
             p.kill()
-    logs = "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in sorted(top.glob("*/*.log")))
-    assert not any(statuses), logs
+    assert not any(statuses), told(top)
     for world in WORLDS[1:]:
         results[world] = torch.load(top / str(world) / "found.pt", weights_only=True)
     return SimpleNamespace(results=results, folder=top)

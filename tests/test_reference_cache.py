@@ -4,7 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import CHAT, pair_rows, tiny_model, tiny_tokenizer, write_model, write_rows
+from tiny import (
+    CHAT,
+    command,
+    each_rank,
+    finish,
+    pair_rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_model,
+    write_rows,
+)
 
 from prefuse.trainer import offline, reference_cache
 from prefuse.trainer.cli import main
@@ -134,3 +144,25 @@ def test_kto_asks_about_completions_that_no_cache_has(capsys):
     with pytest.raises(SystemExit):
         main([*argv, "--ref_log_probs_cache", "c"])
     assert "--ref_log_probs_cache: --loss_type kto asks the reference" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_ranks_share_a_cache(models, tmp_path):
+    """Two ranks score half each; what they leave is whole for two, and for one."""
+    argv = ["dpo", "--model_name_or_path", models["policy"], "--bf16", "false", "--disable_tqdm"]
+    argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", pair_rows(24))]
+    argv += ["--ref_log_probs_cache", str(tmp_path / "cache"), "--logging_steps", "1"]
+    argv += ["--max_steps", "3", "--learning_rate", "1e-3", "--output_dir"]
+    losses = []
+    for world, name in ((2, "first"), (2, "second"), (1, "alone")):
+        size = ["--per_device_train_batch_size", str(8 // world)]
+        started = [
+            command(*argv, str(tmp_path / name), *size, env=env if world > 1 else None)
+            for env in each_rank(world)
+        ]
+        assert finish(started) == [0] * world
+        assert sum(sizes(tmp_path / "cache")) == 48
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import HERE, python
+from tiny import finish, launch, told
 
 from prefuse.kernels.linear_logp import VocabShard, linear_logp
 
@@ -10,14 +10,8 @@ from prefuse.kernels.linear_logp import VocabShard, linear_logp
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_shards_are_the_whole(world, tmp_path):
     """Odd vocabularies, empty shards, ranks without tokens; against float64 on one process."""
-    logs = [tmp_path / f"{rank}.log" for rank in range(world)]
-    started = []
-    for rank, log in enumerate(logs):
-        argv = [str(HERE / "sharded_head_worker.py"), str(rank), str(world), str(tmp_path / "met")]
-        with log.open("w") as file:
-            started.append(python(*argv, env={}, stdout=file, stderr=file))
-    codes = [process.wait(timeout=240) for process in started]
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    started = launch(world, "sharded_head_worker.py", tmp_path)
+    assert finish(started) == [0] * world, told(tmp_path)
 
 
 def test_a_shard_outside_the_vocabulary_is_told():

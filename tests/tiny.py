@@ -228,6 +228,22 @@ def each_rank(world: int) -> list[dict[str, str]]:
     return [shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
 
 
+def launch(world: int, script: str, folder: Path) -> list[subprocess.Popen]:
+    """`script` on each of `world` ranks, which write to `folder` and to logs in it."""
+    started = []
+    for env in each_rank(world):
+        with (folder / f"{world}-{env['RANK']}.log").open("w") as log:
+            argv = (str(HERE / script), str(folder))
+            started.append(python(*argv, env=env, stdout=log, stderr=log))
+    return started
+
+
+def told(folder: Path) -> str:
+    """The ends of the logs, for a message."""
+    logs = sorted(folder.glob("**/*.log"))
+    return "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in logs)
+
+
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[int]:
     """Their exit statuses; where one fails, the others would wait for it in vain."""
     deadline = time.monotonic() + timeout

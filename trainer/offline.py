@@ -202,7 +202,12 @@ def _reference(
     if config.ref_log_probs_cache:
         compute = f"{config.dtype}, autocast {'bfloat16' if config.bf16 else 'off'}"
         identity = identity_of(name, tokenizer, compute) if ranks.is_main else {}
-        cache = ReferenceCache(Path(config.ref_log_probs_cache), ranks.gather(identity)[0])
+        given = Path(config.ref_log_probs_cache), ranks.gather(identity)[0]
+        for turn in (True, False):  # one rank makes the folder; all have read it before any writes
+            if ranks.is_main == turn:
+                cache = ReferenceCache(*given)
+            ranks.barrier()
+        assert cache is not None
         missing = [e for e in examples if not all(s in cache for s in e.sequences)]
         report.say(f"reference: {len(examples) - len(missing)} of {len(examples)} rows remembered")
     scorer = None
