@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import re
 import subprocess
@@ -32,7 +31,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from bench_dpo_vs_trl import HEADS, MODEL, make_model
-from common import ROOT, machine, peak_memory_mb, reset_peak_memory, table
+from common import ROOT, machine, peak_memory_mb, publish, reset_peak_memory
 
 TOKENIZERS = {50257: "gpt2", 151936: "qwen2"}
 PLAIN: dict[str, Any] = dict(
@@ -351,15 +350,7 @@ def main() -> None:
             rows += measure(args, vocab, folder, batch)
     info |= {"peers": "trl 1.16.0, transformers 5.23.0", "model": f"Llama {MODEL | HEADS}"}
     info |= {"batches": "; ".join(shapes), "repeats": args.repeats, "dtype": "float32"}
-    head = ["# Steps of other trainers, with prefuse and without", ""]
-    head += ["; ".join(f"{k} {v}" for k, v in info.items()) + "."]
-    head += ["Written by benchmarks/bench_drop_in.py.", "", table(rows)]
-    print("\n".join(head))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": info, "results": rows}
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join(head) + "\n")
+    publish("Steps of other trainers, with prefuse and without", info, rows, args.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, machine, table
+from common import ROOT, machine, publish
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prefuse.trainer.attention import ATTENTION
@@ -107,15 +107,7 @@ def main() -> None:
         row["times packed"] = row["real tokens/s"] / rows[0]["real tokens/s"]
     info = machine() | {"model": f"Llama, body {body / 1e6:.1f}M, head {head / 1e6:.1f}M, float32"}
     info |= {"groups": f"{args.groups} of {args.group}", "gradient difference": difference}
-    head_lines = ["# Groups that share their prompt", ""]
-    head_lines += ["; ".join(f"{k} {v}" for k, v in info.items()) + "."]
-    head_lines += ["Written by benchmarks/bench_group_sharing.py.", "", table(rows)]
-    print("\n".join(head_lines))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": info, "results": rows}
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join(head_lines) + "\n")
+    publish("Groups that share their prompt", info, rows, args.output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import ROOT, device, in_turns, machine, table
+from common import ROOT, device, in_turns, machine, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefuse.trainer.rollout import Sampling, make_engine
@@ -98,14 +98,7 @@ def main() -> None:
         "completions": f"{args.samples} a prompt, up to {args.max_new_tokens} tokens",
         "load average before": f"{load:.1f}",
     }
-    lines = ["# Rollouts", "", "; ".join(f"{k} {v}" for k, v in info.items()) + "."]
-    lines += ["Written by benchmarks/bench_rollout.py.", "", table(rows)]
-    print("\n".join(lines))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": info, "results": rows}
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish("Rollouts", info, rows, args.output)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -141,3 +143,16 @@ def _cell(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def publish(title: str, info: dict[str, object], rows: list[dict], output: Path | None) -> None:
+    """Prints a result; `output`.json and `output`.md get it too."""
+    told = "; ".join(f"{k} {v}" for k, v in info.items())
+    script = Path(sys.argv[0]).name
+    text = f"# {title}\n\n{told}.\nWritten by benchmarks/{script}.\n\n{table(rows)}"
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": info, "results": rows}
+        output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        output.with_suffix(".md").write_text(text + "\n")

@@ -42,7 +42,7 @@ from .tiled_head import (
     stash_targets,
 )
 from .token_stats import Coefficients, TokenStats, coefficients, finalize
-from .vocab_shard import Tokens, VocabShard, as_shard, whole
+from .vocab_shard import VocabShard, as_shard, everyones, weight_moves, whole_head
 
 __all__ = ["TokenStats", "VocabShard", "linear_logp", "linear_token_loss", "reference"]
 
@@ -271,22 +271,6 @@ def _settle(
     return options, inverse_temperature, most
 
 
-def _everyones(options: Options, targets: Tensor) -> tuple[Tokens, VocabShard]:
-    """The tokens of all ranks, and the shard as it is where all have the same tokens."""
-    shard = options.shard
-    assert shard is not None
-    partial = options.impl != "reference"  # whose d hidden is whole on every rank
-    return Tokens.of(shard, targets), shard._replace(own_tokens=False, partial=partial)
-
-
-def _gathered(
-    weight: Tensor, bias: Tensor | None, shard: VocabShard | None
-) -> tuple[Tensor, Tensor | None]:
-    if shard is None:
-        return weight, bias
-    return whole(weight, shard), None if bias is None else whole(bias, shard)
-
-
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -321,8 +305,9 @@ def linear_logp(
         group: a process group over whose ranks the vocabulary is split: `weight` and `bias` are
             this rank's entries, in the order of ranks, and get the gradients of these. The ranks
             give the same tokens and upstream gradients; with a VocabShard, which knows where the
-            entries begin, each may give tokens of its own. Where they begin in a group alone is
-            asked at every call, which waits on a GPU.
+            entries begin, each may give tokens of its own: of all ranks' hidden states and the
+            weight what is fewer bytes travels. Where the entries begin in a group alone is asked at
+            every call, which waits on a GPU.
 
     Returns:
         TokenStats, float32 [N] each, in nats; None where not asked for. logp, entropy and lse carry
@@ -336,22 +321,24 @@ def linear_logp(
         hidden, weight, targets, bias, temperature, group, impl, **form
     )
     if options.shard is not None and options.shard.own_tokens:
-        tokens, shared = _everyones(options, targets)
+        tokens, shared = everyones(options.shard, targets, options.impl)
+        rest: dict[str, Any] = dict(mode=mode, budget_bytes=budget_bytes, impl=impl, **form)
+        if weight_moves(tokens, hidden.element_size(), weight):
+            weight, bias = whole_head(weight, bias, shared, partial=True)
+            return linear_logp(hidden, weight, targets, bias, temperature=temperature, **rest)
         stats = linear_logp(
             tokens.gather(hidden, shared.partial),
             weight,
             tokens.all(targets),
             bias,
             temperature=tokens.all_of(temperature),
-            mode=mode,
-            budget_bytes=budget_bytes,
-            impl=impl,
             group=shared,
-            **form,
+            **rest,
         )
         return tokens.mine(stats)
     if options.impl == "reference":
-        weight, bias = _gathered(weight, bias, options.shard)
+        if options.shard is not None:
+            weight, bias = whole_head(weight, bias, options.shard)
         return reference(hidden, weight, targets, bias, temperature=temperature, **form)
     capped_entropy = softcap is not None and "entropy" in outputs
     if capped_entropy:  # E carries the softcap's slope, so its logarithm is not d
@@ -411,7 +398,12 @@ def linear_token_loss(
         expect(len(extra) == len(targets), f"extras[{index}]", f"{len(targets)} rows", len(extra))
         expect(not extra.requires_grad, f"extras[{index}]", "no gradient", "requires_grad=True")
     if options.shard is not None and options.shard.own_tokens:
-        tokens, shared = _everyones(options, targets)
+        tokens, shared = everyones(options.shard, targets, options.impl)
+        rest: dict[str, Any] = dict(budget_bytes=budget_bytes, impl=impl, **form)
+        if weight_moves(tokens, hidden.element_size(), weight):
+            weight, bias = whole_head(weight, bias, shared, partial=True)
+            given = (hidden, weight, targets, token_loss, *extras)
+            return linear_token_loss(*given, bias=bias, temperature=temperature, **rest)
         loss, stats = linear_token_loss(
             tokens.gather(hidden, shared.partial),
             weight,
@@ -420,15 +412,14 @@ def linear_token_loss(
             *(tokens.all(extra) for extra in extras),
             bias=bias,
             temperature=tokens.all_of(temperature),
-            budget_bytes=budget_bytes,
-            impl=impl,
             group=shared,
-            **form,
+            **rest,
         )
         own = tokens.mine(stats._replace(logp=loss))
         return own.logp, own._replace(logp=stats.logp[tokens.place])
     if options.impl == "reference":
-        weight, bias = _gathered(weight, bias, options.shard)
+        if options.shard is not None:
+            weight, bias = whole_head(weight, bias, options.shard)
         stats = reference(hidden, weight, targets, bias, temperature=temperature, **form)
         return token_loss(stats, *extras), stats.detach()
     run_rows = 0

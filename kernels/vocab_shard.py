@@ -4,8 +4,9 @@ A token's softmax needs its target's logit, which one rank knows, and the sums o
 exponentials: a SUM of [N] and a gather of [6, N] numbers in the forward pass, a SUM of [N, H] in
 the backward one (of d hidden; d weight stays where the weight is). Where every rank has tokens of
 its own, their hidden states and targets are gathered before, and d hidden is scattered after: that
-moves N x H numbers, where gathering the head moves V x H. (Vocabulary-parallel cross-entropy,
-arXiv:1909.08053; here without its MAX, and for any loss.)
+moves N x H numbers, where gathering the head moves V x H. Where these are fewer bytes the head is
+what moves, for one call. (Vocabulary-parallel cross-entropy, arXiv:1909.08053; here without its
+MAX, and for any loss.)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import expect
@@ -104,6 +106,10 @@ class Tokens(NamedTuple):
         return cls(shard, gather_counts(shard.group, len(own), own.device))
 
     @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
     def place(self) -> slice:
         """Of this rank's among all."""
         rank = dist.get_rank(self.shard.group)
@@ -116,17 +122,27 @@ class Tokens(NamedTuple):
         padded = own.new_zeros((most, *own.shape[1:]))
         padded[: len(own)] = own
         found = self.shard.everyone(padded)
+        if self.filled(most):
+            return found.flatten(0, 1)[: self.total]
         return torch.cat([part[:n] for part, n in zip(found, self.counts, strict=True)])
+
+    def filled(self, most: int) -> bool:
+        """Whether only the last of them have fewer than `most`, as of a weight in equal parts."""
+        in_order = [min(most, max(0, self.total - k * most)) for k in range(len(self.counts))]
+        return self.counts == in_order
 
     def scattered(self, everything: Tensor) -> Tensor:
         """A part of a sum on every rank [N, ...] -> this rank's rows of the sum [n, ...]."""
         most, start = max(self.counts), 0
-        padded = everything.new_zeros((len(self.counts), most, *everything.shape[1:]))
-        for part, n in zip(padded, self.counts, strict=True):
-            part[:n] = everything[start : start + n]
-            start += n
-        out = torch.empty_like(padded[0])
-        reduce_scatter(out, padded.flatten(0, 1), group=self.shard.group)
+        padded = everything.contiguous()
+        if self.total < most * len(self.counts):
+            padded = everything.new_zeros((len(self.counts), most, *everything.shape[1:]))
+            for part, n in zip(padded, self.counts, strict=True):
+                part[:n] = everything[start : start + n]
+                start += n
+            padded = padded.flatten(0, 1)
+        out = padded.new_empty((most, *padded.shape[1:]))
+        reduce_scatter(out, padded, group=self.shard.group)
         return out[: self.place.stop - self.place.start]
 
     def all_of(self, option: float | Tensor) -> float | Tensor:
@@ -177,22 +193,27 @@ class _Mine(torch.autograd.Function):
         return None, *(None if g is None else next(columns).contiguous() for g in grads)
 
 
-class _Whole(torch.autograd.Function):
-    """The reference's way: the whole weight on every rank."""
-
-    @staticmethod
-    def forward(ctx, own, tokens):
-        ctx.tokens = tokens
-        return tokens.all(own)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.tokens.place], None
+def whole(own: Tensor, shard: VocabShard, partial: bool = False) -> Tensor:
+    """All ranks' entries of a weight or bias; each gets the gradient of its own. partial: a rank's
+    gradient is a part of a sum, as of tokens of its own."""
+    return Tokens.of(shard, own).gather(own, partial)
 
 
-def whole(own: Tensor, shard: VocabShard) -> Tensor:
-    """All ranks' entries of a weight or bias; each keeps the gradient of its own."""
-    return _Whole.apply(own, Tokens.of(shard, own))
+def whole_head(
+    weight: Tensor, bias: Tensor | None, shard: VocabShard, partial: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return whole(weight, shard, partial), None if bias is None else whole(bias, shard, partial)
+
+
+def weight_moves(tokens: Tokens, hidden_bytes: int, weight: Tensor) -> bool:
+    """Whether the shards of `weight` are fewer bytes than all ranks' rows of hidden states."""
+    return tokens.total * hidden_bytes > tokens.shard.total * weight.element_size()
+
+
+def everyones(shard: VocabShard, targets: Tensor, impl: str) -> tuple[Tokens, VocabShard]:
+    """The tokens of all ranks, and the shard as it is where all have the same tokens."""
+    partial = impl != "reference"  # whose d hidden is whole on every rank
+    return Tokens.of(shard, targets), shard._replace(own_tokens=False, partial=partial)
 
 
 class _Embedding(torch.autograd.Function):
@@ -223,6 +244,10 @@ def embedding(
     """F.embedding of this rank's own tokens [n] from a weight in shards [v, H] -> [n, H].
 
     The ids of all ranks are gathered and the rows that they found are scattered: a SUM in which one
-    rank has the number and the others 0. As in F.embedding, padding_idx has no gradient.
+    rank has the number and the others 0; where it is fewer bytes the weight is gathered instead.
+    As in F.embedding, padding_idx has no gradient.
     """
-    return _Embedding.apply(ids, weight, Tokens.of(shard, ids), padding_idx)
+    tokens = Tokens.of(shard, ids)
+    if weight_moves(tokens, weight.element_size(), weight):
+        return F.embedding(ids, whole(weight, shard, partial=True), padding_idx)
+    return _Embedding.apply(ids, weight, tokens, padding_idx)

@@ -12,6 +12,7 @@ from prefuse.trainer.cli import main
 from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.engines.twin import Twin
+from prefuse.trainer.scores import Unadapted
 from prefuse.trainer.sharding import FULL, Sharding, shard
 
 CASES = {
@@ -39,7 +40,7 @@ def models_of(method: str, dtype: torch.dtype, ranks: Ranks, moving: bool = Fals
     """The sharded policy, and DPO with the same body as reference."""
     model = adapted(method == "tied")
     scorer = scorer_of(in_float64(model) if dtype == torch.float64 else model)
-    reference = objectives.live_reference(lora.Unadapted(scorer))
+    reference = objectives.live_reference(Unadapted(scorer))
 
     def first(_, batches):  # as KTO and online commands do
         for batch in batches:

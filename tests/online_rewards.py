@@ -1,5 +1,6 @@
 """Rewards of the online tests, in TRL's form."""
 
+import os
 import random
 import re
 import time
@@ -32,6 +33,11 @@ class Echo:
         self.turns += 1
         share = messages[-1]["content"].split().count("w7") / 3
         return f" w{self.turns} :", self.pay * share, self.turns == 2
+
+
+def hangs_on_rank_1(prompts, completions, completion_ids, **columns):
+    time.sleep(600 if os.environ.get("RANK") == "1" else 0)
+    return share_of_w7(prompts, completions, completion_ids)
 
 
 def slow(prompts, completions, completion_ids, **columns):

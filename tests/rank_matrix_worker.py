@@ -22,13 +22,16 @@ from prefuse.trainer.online_config import GRPOConfig
 from prefuse.trainer.report import Meter
 from prefuse.trainer.reward_model import RewardScorer
 from prefuse.trainer.schedule import Schedule
+from prefuse.trainer.scores import Unadapted
 from prefuse.trainer.sharding import Sharding, shard
 
 METHODS = ("sft", "dpo", "kto", "reward", "grpo")
 LAYOUTS = ("shared", "packed", "padded")
 HEADS = {"gathered": False, "sharded": True, "tied": True, "adapters": True}
 ACCUMULATIONS = (1, 2, 4)
-ROWS, VOCABULARY = 16, 53  # of a step, of which one is missing; over 4 ranks the last has fewer
+ROWS = 16  # of a step, of which one is missing; over 4 ranks the last has fewer
+# odd; where it is larger than all ranks' tokens hidden states travel, else the head's rows
+VOCABULARY = {"gathered": 53, "sharded": 2053, "tied": 2053, "adapters": 53}
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -67,7 +70,7 @@ def models_of(method: str, layout: str, head: str, ranks: Ranks, dtype: torch.dt
     how = Sharding(shard_head=HEADS[head])
 
     def made(seed: int, frozen: bool = False):
-        model = tiny_model(tie=head == "tied", seed=seed, vocab_size=VOCABULARY)
+        model = tiny_model(tie=head == "tied", seed=seed, vocab_size=VOCABULARY[head])
         model = in_float64(model) if dtype == torch.float64 else model
         if head == "adapters":
             adapt(model)
@@ -81,7 +84,7 @@ def models_of(method: str, layout: str, head: str, ranks: Ranks, dtype: torch.dt
         return policy, objectives.sft()
     if method == "grpo":
         return policy, policy_method(grpo_config(), Controls(0.04))
-    other = lora.Unadapted(policy) if head == "adapters" else made(1, frozen=True)
+    other = Unadapted(policy) if head == "adapters" else made(1, frozen=True)
     if head != "adapters":
         other.requires_grad_(False)
     reference = objectives.live_reference(other)
@@ -102,7 +105,7 @@ def adapt(model) -> None:
 
 
 def reward_scorer(layout: str, dtype: torch.dtype, adapters: bool) -> RewardScorer:
-    like = tiny_model(vocab_size=VOCABULARY)
+    like = tiny_model(vocab_size=53)
     body = scorer_of(like, layout).model
     body.config.num_labels = 1
     model = LlamaForSequenceClassification(body.config)

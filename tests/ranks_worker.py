@@ -33,6 +33,7 @@ SHARDINGS = {
     "hsdp": Sharding("hsdp", group_size=2),
     "copies": Sharding("none"),
     "kept": Sharding(reshard_after_forward=False),
+    "offloaded": Sharding(cpu_offload=True),
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -79,7 +80,7 @@ def config_of(folder: Path, **changes) -> DPOConfig:
 
 def shardings(world: int) -> dict[str, Sharding]:
     """Groups of two want four ranks; the others are as well seen on two."""
-    names = {2: ("gathered head", "kept"), 4: ("hsdp", "copies")}.get(world, ())
+    names = {2: ("gathered head", "kept", "offloaded"), 4: ("hsdp", "copies")}.get(world, ())
     return {name: SHARDINGS[name] for name in names}
 
 
@@ -149,10 +150,16 @@ def gradient_and_training(
     }
 
 
-def mixed_precision(folder: Path, split: dict, ranks: Ranks):
-    scorer, objective = models_of("dpo", torch.float32, ranks)
-    config = config_of(folder, bf16=True, learning_rate=0.01, **split)
-    return [m["loss"] for m in train("dpo", config, scorer, objective, ranks)]
+def mixed_precision(folder: Path, split: dict, ranks: Ranks) -> dict[str, list[float]]:
+    """By autocast; by gathering layers in bfloat16, which one rank does not; by both."""
+    found = {}
+    for cast, gathered in ((True, None), (False, torch.bfloat16), (True, torch.bfloat16)):
+        how = Sharding(param_dtype=gathered)
+        scorer, objective = models_of("dpo", torch.float32, ranks, how=how)
+        name = f"autocast {cast}, gathered {gathered}"
+        config = config_of(folder / name, bf16=cast, learning_rate=0.01, **split)
+        found[name] = [m["loss"] for m in train("dpo", config, scorer, objective, ranks)]
+    return found
 
 
 def evaluation(folder: Path, split: dict, ranks: Ranks):

@@ -32,6 +32,7 @@ from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.engines.twin import Twin
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.reward_model import RewardModel
+from prefuse.trainer.scores import Unadapted
 from prefuse.trainer.sharding import decoder_layers
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'prefuse[peft]'")
@@ -256,7 +257,7 @@ def test_the_same_gradients_in_every_layout(layout, change):
 
 
 def lora_reference(scorer):
-    return objectives.live_reference(lora.Unadapted(scorer))
+    return objectives.live_reference(Unadapted(scorer))
 
 
 def own_loss(model, row):

@@ -12,7 +12,7 @@ from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.data import pair_examples
 from prefuse.trainer.model import load_model, load_tokenizer
 from prefuse.trainer.rows import load_rows
-from prefuse.trainer.scores import Scorer
+from prefuse.trainer.scores import Scorer, Unadapted
 
 trl = pytest.importorskip("trl", reason="parity needs the `peers` extra")
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'prefuse[peft]'")
@@ -74,7 +74,7 @@ def test_dpo_with_adapters(layout, data_dir, tmp_path):
     lora.attach(DPOConfig(name, "rows", "out", **flags), model)
     drawn(model)
     scorer = Scorer(model, layout)
-    reference = objectives.live_reference(lora.Unadapted(scorer))
+    reference = objectives.live_reference(Unadapted(scorer))
     method = objectives.dpo(reference, "sigmoid", {"beta": 0.1})
     loss = method.objective(scorer, pack(examples, layout == "shared")).loss.mean()
     loss.backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from online_runs import PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import command, write_rows
+from tiny import command, each_rank, write_rows
 
 STEP = ["--per_device_train_batch_size", "16", "--num_generations", "2", "--max_steps", "3"]
 
@@ -65,3 +65,22 @@ def test_a_killed_run_loses_and_repeats_no_prompt(online_model, tmp_path):
     assert got == wanted and len(got) == 6 * 16
     weights = [load_file(folder / "model.safetensors") for folder in (straight, killed)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+@pytest.mark.full
+def test_a_reward_that_hangs_on_one_rank_ends_all(online_model, tmp_path):
+    """Within 30 seconds of giving it up, with the row, the rank and the step."""
+    argv = ["grpo", "--model_name_or_path", online_model, "--max_completion_length", "6"]
+    argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", PROMPTS), "--disable_tqdm"]
+    argv += ["--reward_funcs", f"{REWARDS}:hangs_on_rank_1", "--reward_timeout", "1", *STEP]
+    argv += ["--bf16", "false", "--output_dir", str(tmp_path / "out")]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    runs = [
+        command(*argv, env=env, stdout=log.open("w"), stderr=-2)
+        for env, log in zip(each_rank(2), logs, strict=True)
+    ]
+    assert runs[1].wait(timeout=120) == 2
+    assert runs[0].wait(timeout=30) == 2
+    said = [log.read_text() for log in logs]
+    assert "hangs_on_rank_1 timed out after 1 s" in said[1] and "rows.jsonl:" in said[1]
+    assert "rank 0, step 1: rank 1 of 2 did not answer" in said[0]

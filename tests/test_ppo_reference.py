@@ -142,7 +142,7 @@ def test_critics_are_loaded_without_dropout(tmp_path):
     config = online_config(PPOConfig, layout="padded")
     critics = {
         folder: load_critic(
-            replace(config, critic_model_name_or_path=str(folder)), tiny_tokenizer()
+            replace(config, critic_model_name_or_path=str(folder)), tiny_tokenizer(), ALONE
         ).train()
         for folder in (fresh, theirs)
     }
@@ -157,8 +157,7 @@ def test_critics_are_loaded_without_dropout(tmp_path):
     write_model(tmp_path / "two", two)
     more = dict(critic_model_name_or_path=str(tmp_path / "two"))
     with pytest.raises(UserError, match="wanted a head of 1 numbers"):
-        load_critic(replace(config, **more), tiny_tokenizer())
+        load_critic(replace(config, **more), tiny_tokenizer(), ALONE)
     with pytest.raises(UserError, match="wanted the policy's tokenizer"):
-        load_critic(
-            replace(config, critic_model_name_or_path=str(fresh)), tiny_tokenizer(words=WORDS[:-1])
-        )
+        other = replace(config, critic_model_name_or_path=str(fresh))
+        load_critic(other, tiny_tokenizer(words=WORDS[:-1]), ALONE)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import HERE, each_rank, finish, pair_rows, python, sft_rows, write_model, write_rows
 from torch.testing import assert_close
 
-from prefuse.trainer import checkpoint, offline, resume, verify_resume
+from prefuse.trainer import checkpoint, offline, online, resume, verify_resume
 from prefuse.trainer.cli import main
 from prefuse.trainer.verify_resume import differences, digests
 
@@ -71,7 +71,8 @@ def drops(monkeypatch):
         )
         return config, scorer, note
 
-    monkeypatch.setattr(offline, "load_scorer", dropping)
+    for module in (offline, online):
+        monkeypatch.setattr(module, "load_scorer", dropping)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,8 @@ def launch(top: Path, world: int, jobs: list[dict], patience: float = 0):
 @pytest.mark.parametrize("every", [False, True])
 def test_two_ranks_resume_and_one_goes_on_alone(top, every):
     """All steps are those of two ranks straight through; on one rank to 2e-6, with the rows that
-    two would have seen. At last a rank dies, and the other says which and where."""
+    two would have seen. Checkpoints written beside training are the same. At last a rank dies, and
+    the other says which and where."""
     steps = {"dpo": 4, "grpo": 6}
     # Adam divides by the gradient itself: below epsilon rounding is no longer a whole step
     even = ["--adam_epsilon=1e-3", "--save_steps=1"]
@@ -177,6 +179,7 @@ def test_two_ranks_resume_and_one_goes_on_alone(top, every):
         place = f"--resume_from_checkpoint={top}/{case}-two{every}/checkpoint-{k}"
         argv = command(top, case, f"two{every}-{k}", *even, place, "--save_steps=12", rows=2)
         jobs.append(dict(argv=argv))
+    jobs.append(dict(argv=command(top, "grpo", f"beside{every}", *even, "--save_async", rows=2)))
     jobs.append(dict(argv=command(top, "dpo", f"dies{every}", *even, rows=2), dies_in=3))
     statuses, said = launch(top, 2, jobs)
     assert statuses[1] == -9 and statuses[0] == 2, said[0][-3000:]
@@ -184,6 +187,9 @@ def test_two_ranks_resume_and_one_goes_on_alone(top, every):
     for case, k in tried:
         ends = [top / f"{case}-two{every}{n}" / f"checkpoint-{STEPS}" for n in ("", f"-{k}")]
         assert differences(*map(digests, ends)) == []
+    for k in (5, STEPS):
+        runs = [top / f"grpo-{name}{every}" / f"checkpoint-{k}" for name in ("two", "beside")]
+        assert differences(*map(digests, runs)) == []
     for case, k in steps.items():
         moved(top, case, f"two{every}", k, 1, even, rows=2)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import lora
 from .batch import PackedBatch
 from .config import TrainConfig
+from .dist import Ranks
 from .errors import UserError
 from .model import load_tokenizer
 from .reward_model import load_scores
@@ -36,7 +37,9 @@ class ActorCritic(nn.Module):
         self.actor, self.critic, self.cost_critic = actor, critic, cost_critic
 
 
-def load_critic(config: TrainConfig, tokenizer, flag: str = "critic_model_name_or_path") -> Critic:
+def load_critic(
+    config: TrainConfig, tokenizer, ranks: Ranks, flag: str = "critic_model_name_or_path"
+) -> Critic:
     """A saved critic or reward model; or the policy's body, whose head of zeros says 0 at first."""
     chosen = getattr(config, flag)
     name = chosen or config.model_name_or_path
@@ -54,6 +57,7 @@ def load_critic(config: TrainConfig, tokenizer, flag: str = "critic_model_name_o
         layout=config.layout,
         trust_remote_code=config.trust_remote_code,
         zeros=True,
+        in_shards=ranks.world > 1,
     )
     lora.attach(config, model, base=name)
     return Critic(model, config.layout)

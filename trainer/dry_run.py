@@ -125,7 +125,8 @@ def _model(config, tokenizer, examples: list[Example], ranks: Ranks):
         print(adapters)
     scorer = Scorer(made, config.layout)
     prepare(config, scorer)
-    scorer = shard(scorer, ranks, sharding_of(config, ranks))
+    if ranks.world > 1:
+        scorer = shard(scorer, ranks, sharding_of(config, ranks))
     make_scheduler(make_optimizer(scorer, config), config, 1)
     mine = sum(getattr(p, "_local_tensor", p).numel() for p in scorer.parameters())
     whole = sum(p.numel() for p in scorer.parameters())

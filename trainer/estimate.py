@@ -118,7 +118,7 @@ def estimate(run: Run) -> Estimate:
     )
     traced = trace(run.model_config, work, step)
     static = _static(config, models, traced.sizes, how)
-    phases = [_load(models, traced.sizes, how)]
+    phases = []
     if models.reference == "before":
         before = step._replace(heads=(), reference=True, second=False)
         phases.append(_scoring(trace(run.model_config, scored, before), how))
@@ -189,19 +189,10 @@ def _static(config, models: Models, sizes: Sizes, how: Shards) -> Bytes:
     return held
 
 
-def _load(models: Models, sizes: Sizes, how: Shards) -> Phase:
-    """Every rank loads models whole, and shards them when all are there."""
-    each = how.dtype.itemsize
-    held = {"weights": each * sum(_of(kind, sizes).weights for kind in models.heads)}
-    if models.reference and models.apart:
-        held["reference weights"] = sizes.weights * each
-    return Phase("load", held)
-
-
 def _scoring(traced: Traced, how: Shards) -> Phase:
-    """Before the policy is sharded."""
-    whole = traced.sizes.weights * how.dtype.itemsize
-    held = {"weights": whole, "reference weights": how.own(traced.sizes, how.dtype.itemsize)}
+    """Before training: two models, and no optimizer."""
+    own = how.own(traced.sizes, how.dtype.itemsize)
+    held = {"weights": own, "reference weights": own}
     return _largest("reference scoring", traced, held, how)
 
 

@@ -22,7 +22,7 @@ from .objectives import Method
 from .report import Meter, Report
 from .resume import Checkpoints
 from .schedule import Steps, share_out
-from .sharding import reduce_at
+from .sharding import reduce_at, reshard
 
 
 def train(
@@ -122,6 +122,7 @@ def backward(
 
 def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
     """AdamW with no decay on vectors, or SGD; a critic may have a learning rate of its own."""
+    reshard(scorer)
     own = getattr(config, "critic_learning_rate", None)
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in scorer.named_parameters():

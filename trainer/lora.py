@@ -10,7 +10,6 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,14 @@ def attach(config, model: Any, base: str | None = None) -> str | None:
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     kept = [model.get_input_embeddings(), model.get_output_embeddings()]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)  # the same on every rank
+    with torch.random.fork_rng([]):
         try:
             model.add_adapter(settings, ADAPTER)
         except ValueError as error:
             raise UserError(f"--lora_target_modules: {error}") from error
-    _check(model, [module for module in kept if module is not None])
+        _check(model, [module for module in kept if module is not None])
+        torch.manual_seed(config.seed)  # the same on every rank
+        _draw(model)
     for name, p in model.named_parameters():
         if ".lora_" in name and p.dtype == torch.bfloat16:
             p.data = p.data.float()  # their small steps would be lost
@@ -105,6 +104,18 @@ def _check(model: nn.Module, vocabulary: list[nn.Module]) -> None:
             )
 
 
+def _draw(model: nn.Module) -> None:
+    """First values of the adapters, the same whether the weights below them are there or not."""
+    nowhere = getattr(model, "stored", None) is None  # a model that no one will fill
+    for _, layer in _layers(model):
+        if hasattr(layer, "original_module"):
+            continue
+        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            if part.weight.is_meta and not nowhere:
+                part.to_empty(device="cpu")
+        layer.reset_lora_parameters(ADAPTER, True)
+
+
 def has_adapters(model: Any) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
@@ -123,26 +134,6 @@ def without_adapters(model: nn.Module):
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-class Unadapted:
-    """A scorer without its adapters: a reference that costs a pass and no memory."""
-
-    def __init__(self, scorer: nn.Module):
-        self.scorer = scorer
-
-    @property
-    def layout(self):
-        return self.scorer.layout
-
-    def __call__(self, batch, *options):
-        with torch.no_grad(), without_adapters(self.scorer):
-            return self.scorer(batch, *options)
-
-    @cached_property
-    def model(self) -> Any:
-        """A model object for samplers, on the same tensors; of the scorer before it is sharded."""
-        return base_of(self.scorer.model)
 
 
 def base_of(model: Any) -> Any:
@@ -169,18 +160,28 @@ def _forget(model: Any) -> None:
     del model.peft_config
 
 
-def merged(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Its parameters or its state with the adapters in the weights, by the names of the model
-    without them; each whole where it is sharded: a collective call."""
+def merged(
+    model: Any, tensors: Mapping[str, Tensor], adapted: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Its parameters or its state with the adapters in the weights, or without them if not
+    `adapted`, by the names of the model without them; each whole where it is sharded: a collective
+    call."""
+    copies = ".original_module." if adapted else f".modules_to_save.{ADAPTER}."
     for name, value in tensors.items():
         if not has_adapters(model):
             yield name, whole(value)
-        elif ".lora_" not in name and ".original_module." not in name:
-            plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+        elif ".lora_" not in name and copies not in name:
             tensor = whole(value)
-            if name.endswith(".base_layer.weight"):
+            if adapted and name.endswith(".base_layer.weight"):
                 tensor = tensor + _delta(model, name.removesuffix(".base_layer.weight"), tensors)
-            yield plain, tensor.to(value.dtype)
+            yield plain_name(name), tensor.to(value.dtype)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model without adapters; a trained copy has that of what it
+    replaces."""
+    name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return name.replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
 def _delta(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -192,7 +193,10 @@ def _delta(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Tensor
 
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    here: Any = tensor.to(tensor.device_mesh.device_type)  # the host may have had it
+    return here.full_tensor()
 
 
 def is_adapter(name: str) -> bool:

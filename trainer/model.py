@@ -1,4 +1,4 @@
-"""Models from transformers: loaded whole, scored through our head, exported as they came."""
+"""Models from transformers: loaded, scored through our head, exported as they came."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from .attention import ATTENTION
 from .data import Example
 from .errors import UserError
-from .lora import base_name, has_adapters, merge_saved
+from .lora import base_name, is_adapter, merge_saved
+from .weights import Whole, skeleton
 
 disable_progress_bar()  # the run's own report speaks
 
@@ -53,27 +54,57 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, layout: str, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype,
+    layout: str,
+    trust_remote_code: bool = False,
+    in_shards: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model with dropout off and the attention that `layout` needs."""
-    attention = "sdpa" if layout == "padded" else ATTENTION
+    """A causal language model with dropout off and the attention that `layout` needs; in_shards:
+    without its weights if `shard` can read them."""
     try:
-        base = base_name(name)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        for key, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
+        config = config_of(name, trust_remote_code)
+        model = from_files(
+            AutoModelForCausalLM,
+            name,
+            config,
+            in_shards,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation="sdpa" if layout == "padded" else ATTENTION,
             trust_remote_code=trust_remote_code,
         )
-        model = merge_saved(model, name)
     except Exception as error:
         raise UserError(f"--model_name_or_path {name}: no model loads from it: {error}") from error
     model.config.use_cache = False
+    return model
+
+
+def config_of(name: str, trust_remote_code: bool) -> Any:
+    """A model's configuration, with dropout off."""
+    config = AutoConfig.from_pretrained(base_name(name), trust_remote_code=trust_remote_code)
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    return config
+
+
+def from_files(
+    auto, name: str, config, in_shards: bool, new: tuple[str, ...] = (), **options
+) -> Any:
+    """`auto.from_pretrained`, with a saved adapter merged; or a skeleton, where there can be one.
+    A model that could not be one says why in its attribute `whole_because`."""
+    why = None
+    if in_shards:
+        try:
+            if is_adapter(name):
+                raise Whole("an adapter is merged into it")
+            return skeleton(auto, name, config, new, **options)
+        except Whole as reason:
+            why = str(reason)
+    model = auto.from_pretrained(base_name(name), config=config, **options)
+    model = merge_saved(model, name)
+    model.whole_because = why
     return model
 
 
@@ -131,16 +162,23 @@ def export(
     model: PreTrainedModel, state: dict[str, Tensor] | None, tokenizer, folder: Path
 ) -> None:
     """Writes what `from_pretrained` loads: safetensors, configuration, tokenizer; of a model with
-    adapters those alone. It would load both of them together, so the other kind goes."""
-    others = ("config.json", "model*.safetensors*") if has_adapters(model) else ("adapter_*",)
-    for path in (path for pattern in others for path in folder.glob(pattern)):
+    adapters those alone. It would load both of them together, so what was there goes. state: None
+    if its weights will be written beside the rest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = ("config.json", "model*.safetensors*", "adapter_*")
+    for path in (path for pattern in weights for path in folder.glob(pattern)):
         path.unlink()
     # published models carry generation settings that some transformers refuse to save again
     settings = getattr(model, "generation_config", None)  # a model with a head of scores has none
     if settings is not None:
         model.generation_config = GenerationConfig()
     model.config.use_cache = True
-    model.save_pretrained(folder, state_dict=state)
+    if state is None:
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=state)
     model.config.use_cache = False
     if settings is not None:
         model.generation_config = settings

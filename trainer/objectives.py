@@ -16,8 +16,7 @@ from prefuse.kernels.segments import segment_sum
 
 from .batch import PackedBatch
 from .errors import UserError
-from .lora import Unadapted
-from .scores import Scorer
+from .scores import Scorer, Unadapted
 
 # what `dpo` gives a loss of a pair, from scores and from columns of the data
 PROVIDED = {"chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len"}

@@ -18,16 +18,17 @@ from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, start
 from .errors import UserError
 from .loop import autocast, evaluate, make_optimizer, train
-from .lora import Unadapted
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
 from .reference_cache import ReferenceCache, identity_of
 from .report import Meter, Report, claim_folder
 from .resume import same_rows
+from .reward_model import RewardScorer, probe_scores
 from .rows import Row, load_rows
 from .schedule import Schedule, share_out
-from .scores import Scorer, probe
-from .sharding import decoder_layers, shard, sharding_of
+from .scores import Scorer, Unadapted, probe
+from .sharding import decoder_layers, reshard, shard, sharding_of
+from .weights import stored, write
 
 
 def run_sft(config: SFTConfig, go=None) -> None:
@@ -99,19 +100,15 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     config, scorer, note = (load or load_scorer)(
         config, config.model_name_or_path, tokenizer, examples + held_out, ranks
     )
-    adapters = lora.attach(config, scorer.model)
-    report = Report(config, name, ranks)
-    report.say(note or f"layout: {config.layout}")
-    if adapters:
-        report.say(adapters)
+    report = begin(config, name, scorer, note, ranks)
     report.say(f"head: {scorer.plan(ranks.device)}")
     report.rows(ledgers)
+    scorer = placed(config, scorer, ranks)
     method = make_method(config, scorer, examples + held_out, ranks, report)
     prepare(config, scorer)
-    scorer = shard(scorer, ranks, sharding_of(config, ranks))
     trained, kept = scorer, {".": scorer}
     if beside is not None:
-        critic = beside(config, tokenizer).to(ranks.device)
+        critic = beside(config, tokenizer, ranks)
         kept["critic"] = shard(critic, ranks, sharding_of(config, ranks))
         trained = ActorCritic(scorer, kept["critic"])
     schedule = Schedule(examples, config, ranks)
@@ -121,18 +118,47 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     export_all(config, kept, tokenizer, ranks, report)
 
 
+def begin(config, name: str, scorer, note: str | None, ranks: Ranks) -> Report:
+    """Puts adapters into the model, and begins the report with what became of it."""
+    adapters = lora.attach(config, scorer.model)
+    report = Report(config, name, ranks)
+    report.say(note or f"layout: {config.layout}")
+    if why := getattr(scorer.model, "whole_because", None):
+        report.say(f"weights: every rank loads them whole before it keeps its shard: {why}")
+    if adapters:
+        report.say(adapters)
+    return report
+
+
+def placed(config, scorer: Any, ranks: Ranks, frozen: bool = False) -> Any:
+    """In shards, on the ranks' devices, after the probe."""
+    how = sharding_of(config, ranks)
+    scorer = shard(scorer, ranks, how, frozen)
+    exact = config.dtype == "float32" and (ranks.world == 1 or how.param_dtype is None)
+    check: Any = probe_scores if isinstance(scorer, RewardScorer) else probe
+    check(scorer, ranks.device, tolerance=1e-3 if exact else 0.2)
+    reshard(scorer)
+    return scorer
+
+
 def export_all(config: TrainConfig, kept: dict[str, Any], tokenizer, ranks: Ranks, report) -> None:
     """Each model, or its adapters, where `from_pretrained` loads it, by its place in the run's
     folder."""
     for name, module in kept.items():
         model, place = module.model, Path(config.output_dir, name)
-        state = checkpoint.full_state(module, ranks, frozen=config.merge_on_export)
-        if ranks.is_main:
-            if config.merge_on_export:
-                assert state is not None
-                model, state = lora.plain(model), dict(lora.merged(model, state))
-            export(model, state, tokenizer, place)
-            report.say(f"exported {place}")
+        merges = config.merge_on_export
+        if stored(model) is not None and (merges or not lora.has_adapters(model)):
+            if ranks.is_main:
+                export(lora.plain(model) if merges else model, None, tokenizer, place)
+            write(model, place if ranks.is_main else None)
+        else:
+            state = checkpoint.full_state(module, ranks, frozen=merges)
+            if ranks.is_main:
+                if merges:
+                    assert state is not None
+                    model, state = lora.plain(model), dict(lora.merged(model, state))
+                export(model, state, tokenizer, place)
+        report.say(f"exported {place}")
     ranks.barrier()
 
 
@@ -161,12 +187,11 @@ def train_and_held_out(config: TrainConfig) -> tuple[list[Row], list[Row]]:
 
 
 def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks, temperature: float = 1.0):
-    """The model ready to score, after the probe; and what the user should know of its layout."""
-    dtype = getattr(torch, config.dtype)
+    """The model, to be `placed`; and what the user should know of its layout."""
     budget = None if config.head_budget_mb is None else config.head_budget_mb << 20
-    model = load_model(
-        name, dtype=dtype, layout=config.layout, trust_remote_code=config.trust_remote_code
-    )
+    options = dict(dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
+    options["in_shards"] = ranks.world > 1
+    model = load_model(name, layout=config.layout, **options)
     check_vocabulary(model, tokenizer, examples, name)
     longest = max(len(s.tokens) for e in examples for s in e.sequences)
     obstacle = None if config.layout == "padded" else can_share_prefixes(model, longest)
@@ -174,12 +199,8 @@ def load_scorer(config, name: str, tokenizer, examples, ranks: Ranks, temperatur
     if obstacle:
         note = f"layout: padded, because the model has {obstacle}"
         config = updated(config, layout="padded")
-        model = load_model(
-            name, dtype=dtype, layout="padded", trust_remote_code=config.trust_remote_code
-        )
-    scorer = Scorer(model, config.layout, budget, temperature).to(ranks.device).eval()
-    probe(scorer, ranks.device, tolerance=1e-3 if dtype == torch.float32 else 0.2)
-    return config, scorer, note
+        model = load_model(name, layout="padded", **options)
+    return config, Scorer(model, config.layout, budget, temperature).eval(), note
 
 
 def prepare(config, scorer: Scorer) -> None:
@@ -226,8 +247,7 @@ def _frozen(config: OfflineConfig, name: str, tokenizer, examples, ranks: Ranks)
     _, scorer, note = load_scorer(config, name, tokenizer, examples, ranks)
     if scorer.layout != config.layout:
         raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
-    scorer.requires_grad_(False)
-    return shard(scorer, ranks, sharding_of(config, ranks), frozen=True)
+    return placed(config, scorer.requires_grad_(False), ranks, frozen=True)
 
 
 def _autocast(config, ranks: Ranks, score: Reference) -> Reference:

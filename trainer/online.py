@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefuse.kernels.objective import Mean
 
-from . import lora, objectives
+from . import objectives
 from .batch import PackedBatch, pack
 from .critic import ActorCritic, load_critic
 from .data import Example, Sequence
@@ -28,15 +28,22 @@ from .learners.policy import policy
 from .learners.ppo import ppo, ppo_method
 from .learners.raft import raft
 from .loop import autocast, make_optimizer, train
-from .lora import Unadapted
 from .model import load_tokenizer
-from .offline import export_all, load_scorer, prepare, resolve, train_and_held_out
+from .offline import (
+    begin,
+    export_all,
+    load_scorer,
+    placed,
+    prepare,
+    resolve,
+    train_and_held_out,
+)
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
 from .prompts import Prompt, load_prompts
 from .replay import Replay
 from .report import Meter, Report, claim_folder
 from .sampling import Sampler, play, sources
-from .scores import Scorer
+from .scores import Scorer, Unadapted
 from .sharding import shard, sharding_of
 from .window_state import dealt, fingerprint, read, written
 
@@ -64,19 +71,15 @@ def run_online(config: OnlineConfig, name: str) -> None:
     prompts, held_out, ledgers = _prompts(config, tokenizer)
     longest = [_longest(p, config) for p in prompts + held_out]
     config, scorer, note = _load(config, config.model_name_or_path, tokenizer, longest, ranks)
-    adapters = lora.attach(config, scorer.model)
-    report = Report(config, name, ranks)
-    report.say(note or f"layout: {config.layout}")
-    if adapters:
-        report.say(adapters)
+    report = begin(config, name, scorer, note, ranks)
     report.rows(ledgers)
     reference = None
     if checks.needs_reference(config):
         own = config.use_peft and config.ref_model_name_or_path is None
         given = (config, tokenizer, longest, ranks)
         reference = Unadapted(scorer) if own else _reference(*given)
-    sampled_from = sources(config, scorer.model, reference, tokenizer, talk)
     models = _sharded(config, scorer, reference, tokenizer, ranks)
+    sampled_from = sources(config, scorer.model, models.reference, tokenizer, talk)
     controls = Controls()
     if isinstance(config, PolicyConfig):
         controls = Controls(config.beta, float(np.log(config.multiplier_init)))
@@ -144,16 +147,16 @@ def _sharded(
     config: OnlineConfig, scorer: Scorer, reference: Frozen, tokenizer, ranks: Ranks
 ) -> Models:
     """Over ranks, with the critics where there are any."""
-    prepare(config, scorer)
-    how = sharding_of(config, ranks)
-    policy = shard(scorer, ranks, how)
+    policy = placed(config, scorer, ranks)
+    prepare(config, policy)
     if isinstance(reference, Scorer):
-        reference = shard(reference, ranks, how, frozen=True)
+        reference = placed(config, reference, ranks, frozen=True)
     if not isinstance(config, PPOConfig):
         return Models(policy, policy, reference)
     flags = ["critic_model_name_or_path"]
     flags += ["cost_critic_model_name_or_path"] if config.cost_funcs else []
-    critics = [shard(load_critic(config, tokenizer, f).to(ranks.device), ranks, how) for f in flags]
+    how = sharding_of(config, ranks)
+    critics = [shard(load_critic(config, tokenizer, ranks, f), ranks, how) for f in flags]
     return Models(policy, ActorCritic(policy, *critics), reference, *critics)
 
 

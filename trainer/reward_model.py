@@ -10,15 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import ATTENTION
 from .batch import PackedBatch, pack
 from .data import Example, Sequence
 from .errors import UserError
-from .lora import base_name, labels_of, merge_saved
-from .model import can_share_prefixes, load_tokenizer
+from .lora import labels_of
+from .model import can_share_prefixes, config_of, from_files, load_tokenizer
 from .reward_data import answer, read_at_end, step_tokens
 from .rows import Row
 from .scores import hidden_states, probe_examples
@@ -61,6 +61,10 @@ class RewardScorer(nn.Module):
             length = F.linear(rows, second.weight.to(rows.dtype)).squeeze(1)
         return Scores(values, length, (head.weight.clone(), second.weight.clone()))
 
+    def own_score(self, tokens: Tensor, **options) -> Tensor:
+        """What the model itself says of a sequence [1, L], by its public forward."""
+        return self.model(input_ids=tokens, use_cache=False, **options).logits[0]
+
 
 def load_scores(
     name: str,
@@ -72,34 +76,35 @@ def load_scores(
     pad_token_id: int | None = None,
     trust_remote_code: bool = False,
     zeros: bool = False,
+    in_shards: bool = False,
 ) -> PreTrainedModel:
     """A saved model with its head; or a causal one with a fresh head of small numbers.
 
     num_labels: how many numbers it says; None takes a saved model as it is. zeros: the fresh head
-    says 0.
+    says 0. in_shards: without its weights if `shard` can read them.
     """
     try:
-        base, labels = base_name(name), labels_of(name)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        labels = labels_of(name)
+        config = config_of(name, trust_remote_code)
         saved = any("SequenceClassification" in a for a in config.architectures or ())
         if not saved or labels is not None:
             config.num_labels = labels or (1 if num_labels is None else num_labels)
-        for key, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(config, key, 0.0)
         said = logging.get_verbosity()
         logging.set_verbosity(said if saved else logging.ERROR)  # of the head that is new
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base,
-                config=config,
+            model = from_files(
+                AutoModelForSequenceClassification,
+                name,
+                config,
+                in_shards,
+                () if saved else ("score.weight",),
                 dtype=dtype,
                 attn_implementation="sdpa" if layout == "padded" else ATTENTION,
                 trust_remote_code=trust_remote_code,
             )
         finally:
             logging.set_verbosity(said)
-        model, saved = merge_saved(model, name), saved or labels is not None
+        saved = saved or labels is not None
     except Exception as error:
         raise UserError(f"{name}: no model with a head of scores loads from it: {error}") from error
     head = getattr(model, "score", None)
@@ -153,7 +158,7 @@ def probe_scores(scorer: RewardScorer, device: torch.device, tolerance: float = 
             tokens = torch.from_numpy(s.tokens).to(device)[None]
             bounds = torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=device)
             options = {} if scorer.layout == "padded" else {"cu_seq_lens_q": bounds}
-            own = model(input_ids=tokens, use_cache=False, **options).logits[0]
+            own = scorer.own_score(tokens, **options)
             alone.append(own.to(packed.dtype).reshape(packed.shape[1:]))
     difference = float((packed[ends] - torch.stack(alone)).abs().max())
     if not difference <= tolerance:

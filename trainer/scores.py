@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefuse.kernels.head_plan import plan
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
+from prefuse.kernels.vocab_shard import whole_head
 
 from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence
 from .errors import UserError
+from .lora import base_of, without_adapters
 from .model import head_options, output_head
-from .sharding import local_rows
+from .sharding import is_sharded, local_rows
+from .weights import copied
 
 
 class Scorer(nn.Module):
@@ -64,6 +71,47 @@ class Scorer(nn.Module):
         if token_loss is None:
             return linear_logp(rows, weight, batch.targets, **options)
         return linear_token_loss(rows, weight, batch.targets, token_loss, *extras, **options)
+
+    def own_logits(self, tokens: Tensor) -> Tensor:
+        """The model's own logits [L, V] of one sequence, by its public forward."""
+        head = output_head(self.model)
+        weight, place = local_rows(head.weight)
+        if place is not None:  # it would not know what to do with a part of its rows
+            bias = None if head.bias is None else local_rows(head.bias)[0]
+            every, biases = whole_head(weight, bias, place)
+            head.forward = lambda input: F.linear(input.to(every.dtype), every, biases)
+        kwargs = {}
+        if self.layout != "padded":
+            ends = [0, len(tokens)]
+            kwargs["cu_seq_lens_q"] = torch.tensor(ends, dtype=torch.int32, device=tokens.device)
+        try:
+            out = self.model(input_ids=tokens[None], use_cache=False, **kwargs)
+        finally:
+            if place is not None:
+                del head.forward
+        return out.logits[0].float() / self.temperature
+
+
+class Unadapted:
+    """A scorer without its adapters: a reference that costs a pass and no memory."""
+
+    def __init__(self, scorer: nn.Module):
+        self.scorer = scorer
+
+    @property
+    def layout(self):
+        return self.scorer.layout
+
+    def __call__(self, batch, *options):
+        with torch.no_grad(), without_adapters(self.scorer):
+            return self.scorer(batch, *options)
+
+    @cached_property
+    def model(self) -> Any:
+        """A model object for samplers, on the same tensors; where those are in shards on copies, so
+        that it is a collective call."""
+        model: Any = self.scorer.model
+        return copied(model, model.dtype, adapted=False) if is_sharded(model) else base_of(model)
 
 
 def hidden_states(model: PreTrainedModel, layout: str, batch: PackedBatch) -> Tensor:
@@ -124,7 +172,7 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
     for example in examples:
         for sequence in example.sequences:
             tokens = torch.from_numpy(sequence.tokens).to(device)
-            logits = _own_logits(scorer, tokens)
+            logits = scorer.own_logits(tokens)
             alone.append(logits[:-1].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1))
     if not all(x.isfinite().all() for x in alone):
         raise UserError(
@@ -148,14 +196,3 @@ def probe(scorer: Scorer, device: torch.device, tolerance: float = 1e-3) -> floa
             "mix. Pass --layout padded"
         )
     return difference
-
-
-def _own_logits(scorer: Scorer, tokens: Tensor) -> Tensor:
-    """The model's own logits [L, V] for one sequence, by its public forward."""
-    kwargs = {}
-    if scorer.layout != "padded":
-        kwargs["cu_seq_lens_q"] = torch.tensor(
-            [0, len(tokens)], dtype=torch.int32, device=tokens.device
-        )
-    out = scorer.model(input_ids=tokens[None], use_cache=False, **kwargs)
-    return out.logits[0].float() / scorer.temperature

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -23,6 +24,7 @@ from prefuse.kernels.vocab_shard import VocabShard, embedding
 
 from .dist import Ranks
 from .errors import UserError
+from .weights import fill, stored
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,19 +58,20 @@ FULL = Sharding()
 
 
 def shard(model: Model, ranks: Ranks, how: Sharding = FULL, frozen: bool = False) -> Model:
-    """FSDP2: each decoder layer, and the rest with the model itself as the root. Gradients are
-    summed over ranks.
+    """On its rank's device; of several ranks by FSDP2: each decoder layer, and the rest with the
+    model itself as the root. Gradients are summed over ranks. A skeleton's weights are read.
 
     frozen: no backward follows, which would reshard the root: its own forward does.
     """
     if ranks.world == 1:
-        return model
+        return model.to(ranks.device)
     mesh = mesh_of(how, ranks)
     ignored = split_vocabulary(model, mesh) if how.shard_head and mesh.ndim == 1 else set()
+    pinned = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     options: dict[str, Any] = dict(
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(how.param_dtype, torch.float32 if how.param_dtype else None),
-        offload_policy=CPUOffloadPolicy() if how.cpu_offload else OffloadPolicy(),
+        offload_policy=pinned if how.cpu_offload else OffloadPolicy(),
     )
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=how.reshard_after_forward, **options)
@@ -77,6 +80,11 @@ def shard(model: Model, ranks: Ranks, how: Sharding = FULL, frozen: bool = False
     for module in units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale as it sums
+    for method in ("own_logits", "own_score"):  # ways in other than `forward`
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    if stored(getattr(model, "model", model)) is not None:
+        fill(model, torch.device("cpu") if how.cpu_offload else ranks.device)
     return model
 
 
@@ -102,8 +110,18 @@ def _mesh(world_group, device: str, world: int, size: int | None) -> DeviceMesh:
     return init_device_mesh(device, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def units(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward that no backward follows: what it gathered are not the parameters."""
+    for module in units(model):
+        module.reshard()
 
 
 def reduce_at(model: nn.Module, last: bool) -> None:
@@ -124,6 +142,8 @@ def split_vocabulary(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
         return set()
     for name, value in list(head.named_parameters(recurse=False)):
         rows = distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=None)
+        if rows.is_meta:
+            rows = torch.empty_like(rows, device=mesh.device_type)
         head.register_parameter(name, nn.Parameter(rows, value.requires_grad))
     if tied:
         table.weight = head.weight

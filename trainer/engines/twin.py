@@ -7,10 +7,11 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..lora import has_adapters, merged
+from ..lora import has_adapters
+from ..sharding import is_sharded
+from ..weights import copied, copy_weights
 
 
 class Twin:
@@ -27,7 +28,7 @@ class Twin:
 
     def follow(self, model: PreTrainedModel) -> None:
         if self._copies(model) and not has_adapters(self.model):
-            _copy_weights(model, self.model)
+            copy_weights(model, self.model)
         elif self._copies(model):  # it shared tensors with a policy that was not sharded yet
             self.model = self._made_from(model)
         elif not _shares(model, self.model):
@@ -37,15 +38,11 @@ class Twin:
         return is_sharded(model) or model.dtype != self.dtype
 
     def _made_from(self, model: PreTrainedModel) -> PreTrainedModel:
-        twin = _copied(model, self.dtype) if self._copies(model) else _sharing(model)
+        twin = copied(model, self.dtype) if self._copies(model) else _sharing(model)
         twin.set_attn_implementation(self.attention if twin._supports_sdpa else "eager")
         twin.config.use_cache = True
         twin.generation_config = GenerationConfig()  # a model's own would change the sampling
         return twin.eval()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -62,26 +59,6 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(t): t for t in _tensors(model)})
 
 
-def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    config = copy.deepcopy(model.config)
-    with own_randomness(model):  # for the weights it starts with
-        twin = type(model)._from_config(config, dtype=dtype)
-    twin.to(model.device)  # type: ignore[arg-type]
-    twin.requires_grad_(False)
-    _copy_weights(model, twin)
-    return twin
-
-
 def own_randomness(model: PreTrainedModel):
     """A context in which random numbers drawn, or seeds set, are not the run's."""
     return torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
-
-
-@torch.no_grad()
-def _copy_weights(model: nn.Module, twin: nn.Module) -> None:
-    own = dict(twin.named_parameters(remove_duplicate=False))
-    for name, whole in merged(model, dict(model.named_parameters())):
-        own[name].copy_(whole)
-    buffers = dict(twin.named_buffers())
-    for name, b in model.named_buffers():
-        buffers[name].copy_(b)

@@ -148,6 +148,19 @@ def head(hidden: Tensor, weight: Tensor, work: HeadWork) -> Tensor:
     return function.apply(hidden, weight, work)
 
 
+class BroughtHead(torch.autograd.Function):
+    """All ranks' entries [ranks * v, H]: where the weight is fewer bytes than their tokens."""
+
+    @staticmethod
+    def forward(ctx, part, ranks: int):
+        ctx.entries = len(part)
+        return part.new_empty((ranks * len(part), part.shape[1]))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad.new_empty((ctx.entries, grad.shape[1])), None
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, work: HeadWork):

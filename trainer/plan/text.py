@@ -69,7 +69,7 @@ def _remedies(run: Run, found: Estimate, size: Callable[[float], str]) -> list[s
     tried = sorted((t for t in tried if t[0] > 0), key=lambda t: -t[0])
     lines = ["to make it smaller:"]
     lines += [f"  --{flag:<44} frees {size(freed)}" for freed, flag, _ in tried]
-    config, chosen, least = run.config, [], found
+    config, chosen = run.config, []
     for _, flag, changes in tried:
         config = updated(config, **changes)
         chosen.append(f"--{flag}")
@@ -77,9 +77,6 @@ def _remedies(run: Run, found: Estimate, size: Callable[[float], str]) -> list[s
         if fits(run, least):
             lines.append(f"fits with {' '.join(chosen)}: {size(least.peak.total)}")
             return lines
-    if least.peak.name == "load":
-        held = size(least.peak.total)
-        return [*lines, f"every rank loads its models whole before they are sharded: {held}"]
     more = run._replace(ranks=2 * run.ranks)
     lines.append(
         f"all together do not suffice; {more.ranks} ranks with --fsdp full would take "

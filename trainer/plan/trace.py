@@ -22,7 +22,7 @@ from ..batch import PackedBatch
 from ..errors import UserError
 from ..sharding import decoder_layers
 from .live import MOVED, LiveBytes
-from .shadow import ATTENTION, Attended, HeadWork, Watch, head
+from .shadow import ATTENTION, Attended, BroughtHead, HeadWork, Watch, head
 
 FEW = 3  # layers that are run where all are alike
 
@@ -250,8 +250,12 @@ def _run(models, reference, work: Work, step: Step, watch: Watch) -> None:
         hidden = hidden[rows]
         if kind == "score":
             return nn.functional.linear(hidden, hidden.new_empty((1, hidden.shape[1]))).float()
-        given = HeadWork(work.scored * step.ranks, step.budget, inline, step.device, live)
-        return head(hidden, model.get_output_embeddings().weight, given)
+        weight, ranks = model.get_output_embeddings().weight, step.ranks
+        if ranks > 1 and work.scored * hidden.element_size() > len(weight) * weight.element_size():
+            with live.making("head"):
+                weight, ranks = BroughtHead.apply(weight, ranks), 1
+        given = HeadWork(work.scored * ranks, step.budget, inline, step.device, live)
+        return head(hidden, weight, given)
 
     losses: list[Tensor] = []
     with cast:
