@@ -13,9 +13,10 @@ from common import table
 from transformers import AutoConfig
 
 from prefuse.trainer.config import DPOConfig
-from prefuse.trainer.estimate import Estimate, Run, estimate, seconds, uniform
+from prefuse.trainer.estimate import Estimate, Run, estimate, seconds
 from prefuse.trainer.plan.command import PlanConfig
 from prefuse.trainer.plan.device import find
+from prefuse.trainer.plan.work import uniform
 
 SHAPES = {
     "7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4),

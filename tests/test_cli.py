@@ -214,6 +214,14 @@ def test_methods_are_listed_and_told(capsys):
     assert "tau depends on the length" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "argv", ["", "train -h", "methods --help", "report -h", "verify-resume -h"]
+)
+def test_every_command_has_help(argv, capsys):
+    main(argv.split())
+    assert capsys.readouterr().out.startswith("usage: prefuse COMMAND")
+
+
 def test_help_does_not_wait_for_torch(capsys):
     main(["--help"])
     assert "prefuse COMMAND" in capsys.readouterr().out

@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _dispatch(argv: list[str]) -> None:
     """Imports what the command needs and no more: --help should not wait for torch."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+    command, *rest = argv or ["--help"]
+    asks = {"-h", "--help"} & {command, *rest[:1]}
+    if asks and command in ("-h", "--help", "train", "methods", "report", "verify-resume"):
+        print(USAGE, end="")  # which says all there is of those without flags of their own
         return
     from .flags import CONFIGS, ONLINE, from_file, nearest
 
-    command, *rest = argv
     if command == "train":
         command, rest = from_file(rest)
     known = {"sft": _sft, "dpo": _dpo, "kto": _kto, "reward": _reward}

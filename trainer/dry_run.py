@@ -9,25 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from . import lora, online
 from .attention import ATTENTION
-from .batch import pack
 from .config import TrainConfig, updated
 from .data import Example
 from .dist import Ranks
 from .errors import UserError
-from .estimate import Run, estimate, uniform
+from .estimate import Run, estimate
 from .judging import functions
 from .learners import checks
 from .loop import make_optimizer, make_scheduler
-from .lora import base_name
-from .model import can_share_prefixes, check_vocabulary, load_tokenizer
+from .model import can_share_prefixes, check_vocabulary, config_of, load_tokenizer
 from .offline import prepare, train_and_held_out
 from .plan.device import Device
 from .plan.text import told
-from .plan.trace import Work
+from .plan.work import largest, uniform
 from .schedule import Schedule
 from .scores import Scorer
 from .sharding import shard, sharding_of
@@ -35,9 +33,9 @@ from .sharding import shard, sharding_of
 
 def model_config(config: TrainConfig) -> Any:
     """config.json, with nothing dropped out."""
-    name = base_name(config.model_name_or_path)
+    name = config.model_name_or_path
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        return config_of(name, config.trust_remote_code)
     except Exception as error:
         raise UserError(f"--model_name_or_path {name}: no config.json loads: {error}") from error
 
@@ -135,25 +133,3 @@ def _model(config, tokenizer, examples: list[Example], ranks: Ranks):
         f"{mine} of them on rank 0 of {ranks.world}"
     )
     return config
-
-
-def largest(examples: list[Example], ranks: Ranks, config) -> tuple[Work, Work, int]:
-    """Of the first epoch's micro-batches the largest on any rank, of the batches that are only
-    scored the largest, and how many micro-batches a step has."""
-    alone = Ranks(0, 1, ranks.device)
-    whole = updated(
-        config, gradient_accumulation_steps=config.gradient_accumulation_steps * ranks.world
-    )
-    schedule = Schedule(examples, whole, alone)
-    steps = [schedule.step(i) for i in range(min(schedule.steps_per_epoch, schedule.total_steps))]
-    most = -(-max(len(batches) for batches in steps) // ranks.world)
-    share = config.layout == "shared"
-    found = sorted((rows for batches in steps for rows in batches), key=_tokens)[-3:]
-    works = [Work.of(pack(rows, share)) for rows in found]
-    longest = sorted(examples, key=lambda e: e.n_tokens)[-config.per_device_eval_batch_size :]
-    size = lambda w: w.rows * w.longest if config.layout == "padded" else w.tokens  # noqa: E731
-    return max(works, key=size), Work.of(pack(longest, share)), most
-
-
-def _tokens(rows: list[Example]) -> int:
-    return sum(e.n_tokens for e in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import lora
-from .batch import pack
 from .config import DPOConfig, KTOConfig, RewardConfig, SFTConfig, TrainConfig
-from .data import Example, Sequence
 from .learners import checks
 from .objectives import needs_reference
-from .online_config import OnlineConfig, OnlineDPOConfig, PickingConfig, PPOConfig, RAFTConfig
+from .online_config import OnlineConfig, OnlineDPOConfig, PPOConfig, RAFTConfig
 from .plan.device import Device
-from .plan.trace import Sizes, Step, Traced, Work, totals, trace
+from .plan.trace import Sizes, Step, Traced, totals, trace
+from .plan.work import Work
 
 Bytes = dict[str, int]  # by class
 
@@ -294,36 +292,3 @@ def seconds(found: Estimate, device: Device, config) -> dict[str, float]:
         network = found.cost.sent / (device.network_gbps * 1e9)
         parts["network beyond these"] = max(0.0, network - sum(parts.values()))
     return parts
-
-
-def uniform(config, row_tokens: int, prompt_tokens: int) -> tuple[Work, Work, int]:
-    """Work of rows that all have `row_tokens`, of which the first `prompt_tokens` are a prompt that
-    the answers of a row share and that is not trained on."""
-    each, rows = 1, config.per_device_train_batch_size
-    if isinstance(config, PickingConfig):
-        kept = config.keep_best if isinstance(config, RAFTConfig) else 2
-        each, rows = kept, max(1, rows // config.num_generations)
-    elif isinstance(config, OnlineConfig):
-        each = math.gcd(config.num_generations, rows)
-        rows //= each
-    elif hasattr(config, "loss_type") and not isinstance(config, KTOConfig):
-        each = 2
-    micro_batches = config.gradient_accumulation_steps
-    if config.max_tokens_per_micro_batch is not None:
-        fit = max(1, config.max_tokens_per_micro_batch // (each * row_tokens))
-        micro_batches = math.ceil(rows * micro_batches / fit)
-        rows = fit
-
-    def batch(count: int) -> Work:
-        made = [_example(i, each, row_tokens, prompt_tokens) for i in range(count)]
-        return Work.of(pack(made, config.layout == "shared"))
-
-    return batch(rows), batch(config.per_device_eval_batch_size), micro_batches
-
-
-def _example(index: int, each: int, length: int, prompt: int) -> Example:
-    scored = torch.arange(length) >= max(prompt, 1)
-    answers = [torch.full((length,), k + 1) for k in range(each)]
-    for tokens in answers:
-        tokens[:prompt] = 0
-    return Example(index, tuple(Sequence(t.numpy(), scored.numpy()) for t in answers))

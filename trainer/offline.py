@@ -20,6 +20,8 @@ from .errors import UserError
 from .loop import autocast, evaluate, make_optimizer, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
+from .plan import measured
+from .plan.work import largest
 from .reference_cache import ReferenceCache, identity_of
 from .report import Meter, Report, claim_folder
 from .resume import same_rows
@@ -115,6 +117,8 @@ def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside
     optimizer = make_optimizer(trained, config)
     evaluation = partial(evaluate, config, method, trained, held_out, ranks) if held_out else None
     train(config, method, trained, optimizer, schedule, evaluation, ranks, report, Meter(ranks))
+    if memory := measured.beside(config, ranks, partial(largest, examples, ranks)):
+        report.say(memory)
     export_all(config, kept, tokenizer, ranks, report)
 
 

@@ -39,6 +39,8 @@ from .offline import (
     train_and_held_out,
 )
 from .online_config import OnlineConfig, OnlineDPOConfig, PolicyConfig, PPOConfig, RAFTConfig
+from .plan import measured
+from .plan.work import uniform
 from .prompts import Prompt, load_prompts
 from .replay import Replay
 from .report import Meter, Report, claim_folder
@@ -101,6 +103,9 @@ def run_online(config: OnlineConfig, name: str) -> None:
         train(*run, ranks, report, meter)
     finally:
         sampled_from.close()
+    widest = max(e.n_tokens for e in longest), max(len(p.tokens) for p in prompts + held_out)
+    if memory := measured.beside(config, ranks, lambda c: uniform(c, *widest)):
+        report.say(memory)
     _export(config, models, tokenizer, ranks, report)
 
 

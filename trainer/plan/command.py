@@ -75,9 +75,10 @@ def estimate_command(argv: list[str]) -> None:
             print(f"  --{f.name:<18} {f.metadata['help']}")
         return
     from ..dry_run import for_device, model_config
-    from ..estimate import Run, estimate, uniform
+    from ..estimate import Run, estimate
     from .device import find
     from .text import told
+    from .work import uniform
 
     options, rest = split(argv)
     command, *flags = rest if rest[0] in CONFIGS else _of_file(rest)

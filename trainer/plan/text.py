@@ -25,6 +25,8 @@ def _memory(run: Run, found: Estimate, size: Callable[[float], str]) -> list[str
         for kind, held in sorted(phase.held.items(), key=lambda item: -item[1]):
             if held >= 0.0005 * found.peak.total:
                 lines.append(f"    {kind:<22}{size(held):>12}")
+    if run.config.activation_offloading:
+        lines.append("  --activation_offloading is not counted: activations as if they stayed")
     peak = f"peak: {size(found.peak.total)}, in {found.peak.name}"
     limit = run.device.memory
     if limit is not None:

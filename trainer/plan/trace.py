@@ -18,39 +18,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, initialization
 
 from .. import activations
-from ..batch import PackedBatch
 from ..errors import UserError
 from ..sharding import decoder_layers
 from .live import MOVED, LiveBytes
 from .shadow import ATTENTION, Attended, BroughtHead, HeadWork, Watch, head
+from .work import Work
 
 FEW = 3  # layers that are run where all are alike
-
-
-class Work(NamedTuple):
-    """What a micro-batch asks of the model. pairs: of a query and a key; real: tokens as the rows
-    have them, before prefixes are shared."""
-
-    tokens: int
-    scored: int
-    real: int
-    pairs: int
-    children: int
-    prefixes: int
-    longest: int
-    rows: int
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Work:
-        lengths, parent = batch.cu_seqlens.diff().long(), batch.parent
-        own = int((lengths * (lengths + 1) // 2).sum())
-        has = parent >= 0
-        seen = lengths[parent.clamp(min=0)]
-        across = int((lengths * seen)[has].sum())
-        prefixes = int(lengths[parent[has].unique()].sum())
-        tokens, longest = len(batch.tokens), int(lengths.max())
-        sizes = int(lengths[has].sum()), prefixes, longest, len(lengths)
-        return cls(tokens, batch.n_scored, batch.n_tokens, own + across, *sizes)
 
 
 class Step(NamedTuple):
