@@ -10,6 +10,7 @@ from tiny import finish, launch, tiny_model, told, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefuse.trainer import weights
+from prefuse.trainer.errors import UserError
 from prefuse.trainer.model import load_model
 
 NAMES = ["llama", "tied", "prefixless", "parts", "scores"]
@@ -115,6 +116,13 @@ def test_a_model_that_must_be_loaded_whole_says_why(tmp_path, spoil, why):
     config = AutoConfig.from_pretrained(tmp_path)
     with pytest.raises(weights.Whole, match=why):
         weights.skeleton(AutoModelForCausalLM, str(tmp_path), config)
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    write_model(tmp_path)
+    quantize(tmp_path)
+    with pytest.raises(UserError, match="in floating point; got them quantized by bits"):
+        load_model(str(tmp_path), dtype=torch.float32, layout="shared")
 
 
 def test_a_mixture_of_experts_is_loaded_whole(tmp_path):

@@ -65,6 +65,9 @@ def load_model(
     without its weights if `shard` can read them."""
     try:
         config = config_of(name, trust_remote_code)
+        if quantized := getattr(config, "quantization_config", None):
+            kind = quantized.get("quant_method", "some method")
+            raise ValueError(f"wanted weights in floating point; got them quantized by {kind}")
         model = from_files(
             AutoModelForCausalLM,
             name,
