@@ -6,11 +6,7 @@ python benchmarks/bench_divergence.py --memory   peak memory, one process a case
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -19,11 +15,11 @@ import torch.nn.functional as F
 from common import (
     ceilings,
     device,
+    extra_mb,
     in_turns,
-    machine,
     peak_memory_mb,
     reset_peak_memory,
-    table,
+    with_memory,
 )
 
 from prefuse.kernels.divergence import linear_divergence, reference
@@ -170,26 +166,12 @@ def memory_case(name: str, shape: tuple[int, int, int]) -> float:
 def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
     out = []
     for name in methods("jsd"):
-        command = [sys.executable, __file__, "--case", name, "--shape", *map(str, shape)]
-        extra = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        extra = extra_mb(__file__, name, shape)
         n, h, v = shape
         case = {"kind": "jsd", "method": name, "N": n, "H": h, "V": v, "dtype": "float32"}
         out.append(case | {"extra MB": extra})
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=3, default=MEMORY_SHAPE, metavar=("N", "H", "V"))
-    args = parser.parse_args()
-    if args.case:
-        print(memory_case(args.case, tuple(args.shape)))
-        return
-    print(json.dumps(machine()))
-    print(table(memory_rows(tuple(args.shape)) if args.memory else rows()))
-
-
 if __name__ == "__main__":
-    main()
+    with_memory(__doc__, rows, memory_rows, memory_case, MEMORY_SHAPE)

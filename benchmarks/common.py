@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -156,3 +157,24 @@ def publish(title: str, info: dict[str, object], rows: list[dict], output: Path 
         result = {"machine": info, "results": rows}
         output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         output.with_suffix(".md").write_text(text + "\n")
+
+
+def with_memory(about, rows, memory_rows, memory_case, shape: tuple[int, int, int]) -> None:
+    """A benchmark's own command: its rows, or with --memory those of memory, each in a process of
+    its own, which is asked for with --case."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, nargs=3, default=shape, metavar=("N", "H", "V"))
+    args = parser.parse_args()
+    if args.case:
+        print(memory_case(args.case, tuple(args.shape)))
+        return
+    print(json.dumps(machine()))
+    print(table(memory_rows(tuple(args.shape)) if args.memory else rows()))
+
+
+def extra_mb(script: str, case: str, shape: tuple[int, ...]) -> float:
+    """What `memory_case` of that script says, from a process of its own."""
+    command = [sys.executable, script, "--case", case, "--shape", *map(str, shape)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

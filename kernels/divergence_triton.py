@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .launch import device_guard, next_power_of_2, tl, triton
+from .logit_block import logit_block
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "alpha", "tvd")
 NEAR = 0.5  # a log-ratio below this takes the series
@@ -21,18 +22,7 @@ BLOCK = 1024
 @triton.jit
 def _final_block(raw, bias, columns, inside, scale, softcap, inverse_temp,
                  HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
-    z = tl.load(raw + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0)
-    z *= scale
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
-        # tanh through exp(-2|z|): exact at both ends, no overflow
-        decay = tl.exp(-2.0 * tl.abs(z / softcap))
-        t = (1.0 - decay) / (1.0 + decay)
-        t = tl.where(z < 0, -t, t)
-        slope = 1.0 - t * t
-        z = t * softcap
+    z, slope = logit_block(raw, bias, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     return tl.where(inside, z * inverse_temp, -float("inf")), slope * scale * inverse_temp
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .launch import _C, device_guard, next_power_of_2, stream_of, tl, triton
+from .logit_block import logit_block
 from .token_stats import PARTS, Coefficients
 
 # A larger d raises the anchor, for two reasons: exp must not overflow, and the entropy is a
@@ -88,18 +89,9 @@ def _distance_block(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     in_row = columns < n_cols
-    z = tl.load(raw_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=in_row, other=0.0)
-    z *= scale
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
-        # tanh through exp(-2|z|): exact at both ends, no overflow
-        decay = tl.exp(-2.0 * tl.abs(z / softcap))
-        t = (1.0 - decay) / (1.0 + decay)
-        t = tl.where(z < 0, -t, t)
-        slope = 1.0 - t * t
-        z = t * softcap
+    z, slope = logit_block(
+        raw_ptr, bias_ptr, columns, in_row, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
     return (z - anchor) * inverse_temp, slope, in_row & (columns != target)
 
 

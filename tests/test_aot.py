@@ -76,4 +76,4 @@ def test_compiles_without_spills(target, capsys):
 def test_every_triton_module_is_compiled():
     kernels = Path(__file__).parents[1] / "kernels"
     with_triton = {p.stem for p in kernels.glob("*.py") if "@triton.jit" in p.read_text()}
-    assert with_triton == set(MODULES)
+    assert with_triton == {*MODULES, "logit_block"}  # which fold and divergence_triton inline
