@@ -264,6 +264,6 @@ def test_a_verified_run_is_equal(top, monkeypatch, drops, capsys):
 
 @FULL
 def test_a_verified_run_in_processes_of_its_own(top, capsys):
-    argv = command(top, "grpo", "apart")
+    argv = command(top, "grpo", "apart", f"--output_dir={top}/no/such/folder/yet")
     main(["verify-resume", *argv])
     assert "verify-resume: equal after 12 steps" in capsys.readouterr().out

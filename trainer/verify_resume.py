@@ -34,6 +34,7 @@ def verify_resume(command: str, argv: list[str], config) -> None:
     if main:
         shutil.rmtree(folder, ignore_errors=True)
         print(f"verify-resume: {2 * stop} steps straight through in {straight}", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f".{folder.name}.log"
     _run([command, *argv, f"--output_dir={straight}"], 0, log)
     place = straight / f"checkpoint-{stop}"
