@@ -71,8 +71,8 @@ def trl_trainer(model, rows, folder, **config):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "loss_type, learning_rate", [("sigmoid", 1e-4), ("ipo", 3e-4), ("hinge", 3e-5)]
+@pytest.mark.parametrize(  # with larger steps a loss of 25, IPO's, drifts 1e-5 by rounding alone
+    "loss_type, learning_rate", [("sigmoid", 1e-4), ("ipo", 1e-4), ("hinge", 3e-5)]
 )
 def test_ten_steps_of_dpo(loss_type, learning_rate, data_dir, pairs, tmp_path):
     model = str(data_dir / "models" / "stories260k")
