@@ -1,6 +1,7 @@
 """The layout of the packages, and what may import what."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -56,6 +57,14 @@ def test_kernels_import_without_triton_and_extension():
 def test_the_readme_shows_a_loss_as_it_is():
     block = next(x for x in (ROOT / "README.md").read_text().split("```") if "def hinge" in x)
     assert block.removeprefix("python\n") in (ROOT / "kernels" / "pair_losses.py").read_text()
+
+
+def test_the_readme_s_numbers_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    readme_table = importlib.import_module("readme_table")
+    assert readme_table.in_readme() == readme_table.table(), (
+        "python benchmarks/readme_table.py --write"
+    )
 
 
 def test_the_readme_maps_every_file():
