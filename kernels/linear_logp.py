@@ -323,7 +323,7 @@ def linear_logp(
     if options.shard is not None and options.shard.own_tokens:
         tokens, shared = everyones(options.shard, targets, options.impl)
         rest: dict[str, Any] = dict(mode=mode, budget_bytes=budget_bytes, impl=impl, **form)
-        if weight_moves(tokens, hidden.element_size(), weight):
+        if weight_moves(tokens.total, hidden.dtype, shared.total, weight.dtype):
             weight, bias = whole_head(weight, bias, shared, partial=True)
             return linear_logp(hidden, weight, targets, bias, temperature=temperature, **rest)
         stats = linear_logp(
@@ -400,7 +400,7 @@ def linear_token_loss(
     if options.shard is not None and options.shard.own_tokens:
         tokens, shared = everyones(options.shard, targets, options.impl)
         rest: dict[str, Any] = dict(budget_bytes=budget_bytes, impl=impl, **form)
-        if weight_moves(tokens, hidden.element_size(), weight):
+        if weight_moves(tokens.total, hidden.dtype, shared.total, weight.dtype):
             weight, bias = whole_head(weight, bias, shared, partial=True)
             given = (hidden, weight, targets, token_loss, *extras)
             return linear_token_loss(*given, bias=bias, temperature=temperature, **rest)

@@ -205,9 +205,9 @@ def whole_head(
     return whole(weight, shard, partial), None if bias is None else whole(bias, shard, partial)
 
 
-def weight_moves(tokens: Tokens, hidden_bytes: int, weight: Tensor) -> bool:
-    """Whether the shards of `weight` are fewer bytes than all ranks' rows of hidden states."""
-    return tokens.total * hidden_bytes > tokens.shard.total * weight.element_size()
+def weight_moves(tokens: int, hidden: torch.dtype, entries: int, weight: torch.dtype) -> bool:
+    """Whether all entries of the weight are fewer bytes than all ranks' rows of hidden states."""
+    return tokens * hidden.itemsize > entries * weight.itemsize
 
 
 def everyones(shard: VocabShard, targets: Tensor, impl: str) -> tuple[Tokens, VocabShard]:
@@ -248,6 +248,6 @@ def embedding(
     As in F.embedding, padding_idx has no gradient.
     """
     tokens = Tokens.of(shard, ids)
-    if weight_moves(tokens, weight.element_size(), weight):
+    if weight_moves(tokens.total, weight.dtype, shard.total, weight.dtype):
         return F.embedding(ids, whole(weight, shard, partial=True), padding_idx)
     return _Embedding.apply(ids, weight, tokens, padding_idx)

@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from ..rollout import Completion, Sampling, check_request, context_of, ended, grouped
 from .generate import GenerateEngine, cache_tokens
 from .noise import Request, choose, log_prob, requests_of, row_keys
-from .twin import Twin, own_randomness
+from .twin import Twin
 
 PAGE = 32  # tokens of a page of the cache: short enough that completions share their prompt's
 
@@ -88,7 +88,9 @@ class ContinuousEngine:
         self.plain = GenerateEngine(self.twin.model, self.tokenizer, cache_bytes=self.cache_bytes)
 
     def _sample(self, requests: list[Request], sampling: Sampling, n: int = 1) -> list[Completion]:
-        with own_randomness(self.twin.model):  # continuous batching seeds torch for itself
+        device = self.twin.model.device
+        # continuous batching seeds torch for itself
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return self._run(requests, sampling, n)
 
     def _run(self, requests: list[Request], sampling: Sampling, n: int) -> list[Completion]:

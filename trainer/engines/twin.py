@@ -29,9 +29,7 @@ class Twin:
     def follow(self, model: PreTrainedModel) -> None:
         if self._copies(model) and not has_adapters(self.model):
             copy_weights(model, self.model)
-        elif self._copies(model):  # it shared tensors with a policy that was not sharded yet
-            self.model = self._made_from(model)
-        elif not _shares(model, self.model):
+        elif self._copies(model) or not _shares(model, self.model):
             self.model = self._made_from(model)
 
     def _copies(self, model: PreTrainedModel) -> bool:
@@ -57,8 +55,3 @@ def _shares(model: nn.Module, twin: nn.Module) -> bool:
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of everything but the tensors: ties and non-persistent buffers come along."""
     return copy.deepcopy(model, {id(t): t for t in _tensors(model)})
-
-
-def own_randomness(model: PreTrainedModel):
-    """A context in which random numbers drawn, or seeds set, are not the run's."""
-    return torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])

@@ -17,6 +17,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, initialization
 
+from prefuse.kernels.vocab_shard import weight_moves
+
 from .. import activations
 from ..errors import UserError
 from ..sharding import decoder_layers
@@ -225,7 +227,8 @@ def _run(models, reference, work: Work, step: Step, watch: Watch) -> None:
         if kind == "score":
             return nn.functional.linear(hidden, hidden.new_empty((1, hidden.shape[1]))).float()
         weight, ranks = model.get_output_embeddings().weight, step.ranks
-        if ranks > 1 and work.scored * hidden.element_size() > len(weight) * weight.element_size():
+        sizes = ranks * work.scored, hidden.dtype, ranks * len(weight), weight.dtype
+        if ranks > 1 and weight_moves(*sizes):
             with live.making("head"):
                 weight, ranks = BroughtHead.apply(weight, ranks), 1
         given = HeadWork(work.scored * ranks, step.budget, inline, step.device, live)
