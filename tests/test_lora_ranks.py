@@ -1,13 +1,12 @@
 """Adapters on one rank and on two: the same gradients, steps, resumption and files."""
 
-import json
-
 import lora_worker
 import pytest
 import ranks_worker as worker
 import torch
 from online_runs import PROMPTS, REWARDS
 from tiny import (
+    alone_and_on_two,
     command,
     each_rank,
     finish,
@@ -120,13 +119,7 @@ def test_ranks_sample_and_learn_alike(tmp_path, name, more):
     argv += ["--reward_funcs", f"{REWARDS}:share_of_w7", "--logging_steps", "1", "--bf16", "false"]
     argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--use_peft", *more]
     argv += ["--max_completion_length", "6", "--max_steps", "4", "--output_dir"]
-    both = [command(*argv, str(tmp_path / "two"), env=env) for env in each_rank(2)]
-    alone = command(*argv, str(tmp_path / "one"), "--gradient_accumulation_steps", "2")
-    assert finish([*both, alone]) == [0, 0, 0]
-    found = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    ]
+    found = alone_and_on_two(argv, tmp_path)
     for one, two in zip(*found, strict=True):
         for key in one.keys() & {"loss", "reward", "kl", "grad_norm", "value_loss"}:
             assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=key)

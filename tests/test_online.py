@@ -6,7 +6,7 @@ import pytest
 import torch
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import command, each_rank, finish, needs, write_rows
+from tiny import alone_and_on_two, needs, write_rows
 from torch.testing import assert_close
 
 COMMANDS = [
@@ -124,13 +124,7 @@ def test_two_ranks_are_one(online_model, tmp_path, name):
     argv += ["--reward_funcs", f"{REWARDS}:share_of_w7", "--logging_steps", "1", "--bf16", "false"]
     argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--beta", "0.01"]
     argv += ["--num_iterations", "2", "--output_dir"]
-    both = [command(*argv, str(tmp_path / "two"), env=env) for env in each_rank(2)]
-    alone = command(*argv, str(tmp_path / "one"), "--gradient_accumulation_steps", "2")
-    assert finish([*both, alone]) == [0, 0, 0]
-    found = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    ]
+    found = alone_and_on_two(argv, tmp_path)
     for one, two in zip(*found, strict=True):
         for key in one.keys() & {"loss", "reward", "kl", "grad_norm", "entropy", "value_loss"}:
             assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=key)

@@ -10,9 +10,7 @@ import torch
 from judge_server import longer, responses
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from tiny import (
-    command,
-    each_rank,
-    finish,
+    alone_and_on_two,
     in_float64,
     scorer_of,
     tiny_model,
@@ -383,13 +381,7 @@ def test_two_ranks_read_the_policy_together(online_model, tmp_path):
     argv += ["--reward_funcs", "self_certainty", "own_verdict?yes=w1&no=w2", "--max_steps", "2"]
     argv += ["--logging_steps", "1", "--bf16", "false", "--per_device_train_batch_size", "8"]
     argv += ["--eval_fraction", "0.03", "--eval_on_start", "--output_dir"]
-    both = [command(*argv, str(tmp_path / "two"), env=env) for env in each_rank(2)]
-    alone = command(*argv, str(tmp_path / "one"), "--gradient_accumulation_steps", "2")
-    assert finish([*both, alone]) == [0, 0, 0]
-    found = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    ]
+    found = alone_and_on_two(argv, tmp_path)
     assert found[0][0]["eval_reward"] > 0
     for one, two in zip(*found, strict=True):
         for key in one.keys() & {"loss", "grad_norm", "eval_reward", "rewards/own_verdict/mean"}:

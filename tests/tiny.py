@@ -244,6 +244,18 @@ def told(folder: Path) -> str:
     return "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in logs)
 
 
+def alone_and_on_two(argv: list[str], folder: Path) -> list[list[dict]]:
+    """Lines of metrics.jsonl of a command that ends in --output_dir: of one process that
+    accumulates twice, and of two ranks."""
+    both = [command(*argv, str(folder / "two"), env=env) for env in each_rank(2)]
+    alone = command(*argv, str(folder / "one"), "--gradient_accumulation_steps", "2")
+    assert finish([*both, alone]) == [0, 0, 0]
+    return [
+        [json.loads(line) for line in (folder / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+
+
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[int]:
     """Their exit statuses; where one fails, the others would wait for it in vain."""
     deadline = time.monotonic() + timeout
