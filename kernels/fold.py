@@ -9,6 +9,7 @@ backward b read and b written.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .token_stats import PARTS, Coefficients
 MAX_EXPONENT = 10.0
 EXCLUDED = -200.0  # exp of it is 0 in float32, and it is finite: 0 * EXCLUDED is 0
 _MAX_EXPONENT, _EXCLUDED = tl.constexpr(MAX_EXPONENT), tl.constexpr(EXCLUDED)
+_LOG2E, _LN2 = tl.constexpr(1 / math.log(2)), tl.constexpr(math.log(2))
 FOLD_BLOCK = 4096
 FOLD_PROGRAMS = 1024  # enough to fill a GPU when there are few rows
 _C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -77,74 +79,83 @@ def _forward_torch(b: Logits, store: Tensor | None) -> Tensor:
 def _backward_torch(b: Logits, c: Coefficients, out: Tensor) -> None:
     d, slope, is_target = _distances(b)
     d = (d - c.shift[:, None]).clamp_(min=EXCLUDED)
-    grad = d.exp() * (c.alpha[:, None] + c.beta[:, None] * d)
+    per_e = c.alpha[:, None] if c.beta is None else c.alpha[:, None] + c.beta[:, None] * d
+    grad = d.exp() * per_e
     grad = torch.where(is_target, c.gamma[:, None], grad)
     grad = grad * (b.inverse_temperature * b.logit_scale)[:, None]
     out.copy_(grad if slope is None else grad * slope)
 
 
 @triton.jit
-def _distance_block(
-    raw_ptr, bias_ptr, columns, n_cols, target, anchor, inverse_temp, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    in_row = columns < n_cols
-    z, slope = logit_block(
-        raw_ptr, bias_ptr, columns, in_row, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    return (z - anchor) * inverse_temp, slope, in_row & (columns != target)
-
-
-@triton.jit
 def _forward_kernel(
     raw_ptr, store_ptr, parts_ptr, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
     n_rows, n_cols, first_column, raw_stride, store_stride, scale, softcap, cols_per_split,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, N_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Bound by instructions where the logits lie in the cache: two parts cost a third of six, a
+    # whole block without the target takes no mask, and distances are in units of log 2.
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     raw_ptr += row * raw_stride
     target = tl.load(targets_ptr + row) - first_column
     anchor = tl.load(anchor_ptr + row)
-    inverse_temp = tl.load(inverse_temp_ptr + row)
+    rate = tl.load(inverse_temp_ptr + row) * _LOG2E
     begin = split * cols_per_split
     end = tl.minimum(begin + cols_per_split, n_cols)
-    sum_e, shift, sum_ed, sum_d, sum_ee = 0.0, 0.0, 0.0, 0.0, 0.0
+    origin = anchor  # the anchor, raised by the shift
+    sum_e = tl.zeros([BLOCK], tl.float32)
+    sum_ed, sum_d, sum_ee = 0.0, 0.0, 0.0
     max_d = _EXCLUDED + 0.0
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        d, slope, other = _distance_block(
-            raw_ptr, bias_ptr, columns, end, target, anchor, inverse_temp, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
-        sum_d += tl.sum(tl.where(other, d, 0.0))
-        d = tl.where(other, d, _EXCLUDED)
-        block_max = tl.max(d)
-        max_d = tl.maximum(max_d, block_max)
-        new_shift = tl.where(block_max - shift > _MAX_EXPONENT, block_max, shift)
-        lower = shift - new_shift
-        weight = tl.exp(lower)
-        d = tl.maximum(d - new_shift, _EXCLUDED)
-        e = tl.exp(d)
-        sum_ed = weight * (sum_ed + lower * sum_e) + tl.sum(e * d)
-        sum_e = weight * sum_e + tl.sum(e)
-        sum_ee = weight * weight * sum_ee + tl.sum(e * e)
-        shift = new_shift
+        z, slope = logit_block(
+            raw_ptr, bias_ptr, columns, columns < end, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        d = (z - origin) * rate
+        whole = (start + BLOCK <= end) & ((target < start) | (target >= start + BLOCK))
+        if N_PARTS > 2:
+            counted = (z - anchor) * rate
+            if not whole:
+                counted = tl.where((columns < end) & (columns != target), counted, 0.0)
+            sum_d += tl.sum(counted)
+        if not whole:
+            d = tl.where((columns < end) & (columns != target), d, _EXCLUDED)
+        top = tl.max(d)
+        if top > _MAX_EXPONENT * _LOG2E:
+            raised = origin + top / rate
+            by = (raised - origin) * rate
+            weight = tl.exp2(-by)
+            if N_PARTS > 2:
+                sum_ed = weight * (sum_ed - by * tl.sum(sum_e))
+                sum_ee *= weight * weight
+            sum_e *= weight
+            d -= by
+            top -= by
+            origin = raised
+        if N_PARTS > 2:
+            max_d = tl.maximum(max_d, top + (origin - anchor) * rate)
+            d = tl.maximum(d, _EXCLUDED)
+        e = tl.exp2(d)
+        sum_e += e
+        if N_PARTS > 2:
+            sum_ed += tl.sum(e * d)
+            sum_ee += tl.sum(e * e)
         if STORE:
             # the caller gives one block per split, so a stored block has one shift
-            e = tl.where(other, e * slope, 0.0)
             tl.store(
                 store_ptr + row * store_stride + columns,
-                e.to(store_ptr.dtype.element_ty),
+                (e * slope).to(store_ptr.dtype.element_ty),
                 mask=columns < end,
             )
-    out = parts_ptr + split * 6 * n_rows + row
-    tl.store(out, sum_e)
-    tl.store(out + n_rows, shift)
-    tl.store(out + 2 * n_rows, sum_ed)
-    tl.store(out + 3 * n_rows, sum_d)
-    tl.store(out + 4 * n_rows, sum_ee)
-    tl.store(out + 5 * n_rows, max_d)
+    out = parts_ptr + split * N_PARTS * n_rows + row
+    tl.store(out, tl.sum(sum_e))
+    tl.store(out + n_rows, (origin - anchor) * rate * _LN2)
+    if N_PARTS > 2:
+        tl.store(out + 2 * n_rows, sum_ed * _LN2)
+        tl.store(out + 3 * n_rows, sum_d * _LN2)
+        tl.store(out + 4 * n_rows, sum_ee)
+        tl.store(out + 5 * n_rows, max_d * _LN2)
 
 
 @triton.jit
@@ -152,40 +163,48 @@ def _backward_kernel(
     raw_ptr, out_ptr, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
     alpha_ptr, beta_ptr, gamma_ptr, shift_ptr,
     n_cols, first_column, raw_stride, out_stride, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BETA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row) - first_column
     inverse_temp = tl.load(inverse_temp_ptr + row)
-    d, slope, other = _distance_block(
-        raw_ptr + row * raw_stride, bias_ptr, columns, n_cols, target, tl.load(anchor_ptr + row),
-        inverse_temp, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    rate = inverse_temp * _LOG2E
+    z, slope = logit_block(
+        raw_ptr + row * raw_stride, bias_ptr, columns, columns < n_cols, scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
-    d = tl.maximum(d - tl.load(shift_ptr + row), _EXCLUDED)
-    grad = tl.exp(d) * (tl.load(alpha_ptr + row) + tl.load(beta_ptr + row) * d)
-    grad = tl.where(columns == target, tl.load(gamma_ptr + row), grad)
-    grad *= inverse_temp * scale * slope
+    d = (z - tl.load(anchor_ptr + row)) * rate - tl.load(shift_ptr + row) * _LOG2E
+    factor = inverse_temp * scale
+    alpha = tl.load(alpha_ptr + row) * factor
+    if HAS_BETA:
+        d = tl.maximum(d, _EXCLUDED)
+        grad = tl.exp2(d) * (alpha + tl.load(beta_ptr + row) * factor * _LN2 * d)
+    else:
+        grad = tl.exp2(d) * alpha
+    if (target >= start) & (target < start + BLOCK):
+        grad = tl.where(columns == target, tl.load(gamma_ptr + row) * factor, grad)
     tl.store(
         out_ptr + row * out_stride + columns,
-        grad.to(out_ptr.dtype.element_ty),
+        (grad * slope).to(out_ptr.dtype.element_ty),
         mask=columns < n_cols,
     )
 
 
 @triton.jit
 def _reanchor_kernel(
-    store_ptr, parts_ptr, n_rows, n_parts, n_cols, store_stride, cols_per_part,
+    store_ptr, shift_ptr, n_parts, n_cols, part_stride, store_stride, cols_per_part,
     PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_BLOCK)
-    shift_ptr = parts_ptr + n_rows + row
-    shifts = tl.load(shift_ptr + part * 6 * n_rows, mask=part < n_parts, other=0.0)
+    shift_ptr += row
+    shifts = tl.load(shift_ptr + part * part_stride, mask=part < n_parts, other=0.0)
     common = tl.max(shifts)
     if common > 0.0:
         for index in range(0, n_parts):
-            weight = tl.exp(tl.load(shift_ptr + index * 6 * n_rows) - common)
+            weight = tl.exp(tl.load(shift_ptr + index * part_stride) - common)
             end = tl.minimum((index + 1) * cols_per_part, n_cols)
             for start in range(index * cols_per_part, end, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
@@ -194,13 +213,13 @@ def _reanchor_kernel(
                 tl.store(e_ptr, e.to(store_ptr.dtype.element_ty), mask=columns < end)
 
 
-def fold_forward(impl: str, b: Logits, store: Tensor | None = None) -> Tensor:
-    """Partial sums [parts, 6, n] of a block; with `store` [n, v], E (times 1 - tanh^2 under a
-    softcap, 0 at the target) goes there, each part at its own shift, and `b.raw` may be
-    overwritten."""
+def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None) -> Tensor:
+    """The first `n_parts` partial sums [parts, n_parts, n] of a block, 2 or 6; with `store` [n, v],
+    E (times 1 - tanh^2 under a softcap, 0 at the target) goes there, each part at its own shift,
+    and `b.raw` may be overwritten."""
     n, v = b.raw.shape
     if impl == "torch" or n == 0:
-        return _forward_torch(b, store)[None]
+        return _forward_torch(b, store)[None, :n_parts]
     if impl == "cpu":
         parts = b.raw.new_empty((1, len(PARTS), n), dtype=torch.float32)
         in_place = store is not None
@@ -209,24 +228,25 @@ def fold_forward(impl: str, b: Logits, store: Tensor | None = None) -> Tensor:
         )
         if in_place and store.data_ptr() != b.raw.data_ptr():
             store.copy_(b.raw)
-        return parts
+        return parts[:, :n_parts]
     block = min(next_power_of_2(v), FOLD_BLOCK)
     blocks = -(-v // block)
     splits = blocks if store is not None else min(blocks, -(-FOLD_PROGRAMS // n))
-    parts = b.raw.new_empty((splits, len(PARTS), n), dtype=torch.float32)
+    computed = len(PARTS) if impl == "cuda" else n_parts
+    parts = b.raw.new_empty((splits, computed, n), dtype=torch.float32)
     with device_guard(b.raw):
         if impl == "cuda":
             _C.fold_forward_cuda(
                 _c_block(b), _C_DTYPES[b.raw.dtype], parts.data_ptr(), splits, stream_of(b.raw)
             )
-            return parts
+            return parts[:, :n_parts]
         out = b.raw if store is None else store
         _forward_kernel[(n, splits)](
             b.raw, out, parts, b.targets, b.anchor, b.inverse_temperature, b.bias,
             n, v, b.first_column, b.raw.stride(0), out.stride(0), b.logit_scale, b.softcap or 1.0,
             -(-blocks // splits) * block,
             HAS_BIAS=b.bias is not None, HAS_SOFTCAP=b.softcap is not None,
-            STORE=store is not None, BLOCK=block, num_warps=_warps(block),
+            STORE=store is not None, N_PARTS=n_parts, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return parts
 
@@ -243,7 +263,8 @@ def fold_backward(impl: str, b: Logits, c: Coefficients, out: Tensor) -> None:
             fold_backward(impl, b, c, b.raw)
             out.copy_(b.raw)
             return
-        numbers = [x.data_ptr() for x in (c.shift, c.alpha, c.beta, c.gamma)]
+        beta = torch.zeros_like(c.alpha) if c.beta is None else c.beta
+        numbers = [x.data_ptr() for x in (c.shift, c.alpha, beta, c.gamma)]
         args = (_c_block(b), _C_DTYPES[b.raw.dtype], *numbers, out.data_ptr())
         if impl == "cpu":
             _C.fold_backward_cpu(*args, torch.get_num_threads())
@@ -258,20 +279,21 @@ def fold_backward(impl: str, b: Logits, c: Coefficients, out: Tensor) -> None:
                 c.alpha, c.beta, c.gamma, c.shift,
                 v, b.first_column, b.raw.stride(0), out.stride(0), b.logit_scale, b.softcap or 1.0,
                 HAS_BIAS=b.bias is not None, HAS_SOFTCAP=b.softcap is not None,
-                BLOCK=block, num_warps=_warps(block),
+                HAS_BETA=c.beta is not None, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
 
 
 def reanchor(impl: str, store: Tensor, parts: Tensor, cols_per_part: int) -> None:
-    """Brings the stored E [n, V] of all parts [P, 6, n] to the rows' common shift, in place.
+    """Brings the stored E [n, V] of all parts [parts, P, n] to the rows' common shift, in place.
 
     Rows whose target is within MAX_EXPONENT nats of every logit, nearly all, are left alone.
     """
     if impl == "triton":
         with device_guard(store):
             _reanchor_kernel[(store.shape[0],)](
-                store, parts, store.shape[0], parts.shape[0], store.shape[1], store.stride(0),
-                cols_per_part, PARTS_BLOCK=next_power_of_2(parts.shape[0]), BLOCK=1024,
+                store, parts[0, 1], parts.shape[0], store.shape[1], parts.stride(0),
+                store.stride(0), cols_per_part,
+                PARTS_BLOCK=next_power_of_2(parts.shape[0]), BLOCK=1024,
             )  # fmt: skip
         return
     shift = parts[:, 1]
@@ -311,8 +333,12 @@ _AOT_BLOCK = {
 _AOT_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK": FOLD_BLOCK}
 # What ahead-of-time compilation checks: (kernel, argument types, constants, warps); i32 elsewhere.
 AOT = [
-    (_forward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "STORE": True}, _warps(FOLD_BLOCK)),
-    (_forward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "STORE": False}, _warps(FOLD_BLOCK)),
-    (_backward_kernel, _AOT_BLOCK, _AOT_FLAGS, _warps(FOLD_BLOCK)),
+    *(
+        (_forward_kernel, _AOT_BLOCK, _AOT_FLAGS | stored | parts, _warps(FOLD_BLOCK))
+        for stored in ({"STORE": True}, {"STORE": False})
+        for parts in ({"N_PARTS": 2}, {"N_PARTS": 6})
+    ),
+    (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": True}, _warps(FOLD_BLOCK)),
+    (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": False}, _warps(FOLD_BLOCK)),
     (_reanchor_kernel, _AOT_BLOCK, {"PARTS_BLOCK": 256, "BLOCK": 1024}, 4),
 ]

@@ -41,7 +41,7 @@ from .tiled_head import (
     run_slices,
     stash_targets,
 )
-from .token_stats import Coefficients, TokenStats, coefficients, finalize
+from .token_stats import Coefficients, TokenStats, coefficients, finalize, parts_for
 from .vocab_shard import VocabShard, as_shard, everyones, weight_moves, whole_head
 
 __all__ = ["TokenStats", "VocabShard", "linear_logp", "linear_token_loss", "reference"]
@@ -87,7 +87,7 @@ class _LinearLogp(torch.autograd.Function):
                 if run.start < stash_rows:
                     rows = rows._replace(kept=_new_stash(head, hidden, len(rows.targets)))
                     kept.append(rows.kept)
-                sums.append(head_forward(head, rows))
+                sums.append(head_forward(head, rows, parts_for(outputs)))
                 stash_targets(head, rows, sums[-1])
             sums = torch.cat(sums, 1)
             stats = finalize(sums, everything.anchor, inverse_temperature, head.vocab, outputs)
@@ -150,7 +150,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                 rows = everything.select(run)
                 if any(needs) and stashes:
                     rows = rows._replace(kept=_new_stash(head, hidden, len(rows.targets)))
-                sums = head_forward(head, rows)
+                sums = head_forward(head, rows, parts_for(outputs))
                 stash_targets(head, rows, sums)
                 stats = finalize(sums, rows.anchor, rows.inverse_temperature, head.vocab, outputs)
                 loss, grads = _loss_and_gradients(token_loss, stats, [x[run] for x in extras])

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .fold import Logits, fold_backward, fold_forward
 from .launch import choose_impl, expect
-from .token_stats import OUTPUTS, TokenStats, coefficients, finalize, merge, target_anchor
+from .token_stats import (
+    OUTPUTS,
+    TokenStats,
+    coefficients,
+    finalize,
+    merge,
+    parts_for,
+    target_anchor,
+)
 
 
 def reference(
@@ -59,7 +67,7 @@ class _TokenLogp(torch.autograd.Function):
         raw_target = logits.gather(1, targets[:, None]).squeeze(1)
         anchor = target_anchor(raw_target, 1.0, softcap)
         block = Logits(logits, targets, anchor, inverse_temperature, softcap=softcap)
-        sums = merge(fold_forward(impl, block))
+        sums = merge(fold_forward(impl, block, parts_for(outputs)))
         stats = finalize(sums, anchor, inverse_temperature, logits.shape[1], outputs)
         ctx.save_for_backward(logits, targets, inverse_temperature, anchor, sums)
         ctx.softcap, ctx.inplace, ctx.impl, ctx.overwritten = softcap, inplace, impl, False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
-from .token_stats import PARTS, Coefficients, merge, target_anchor
+from .token_stats import Coefficients, merge, target_anchor
 from .vocab_shard import VocabShard
 
 FORWARD_TILE = {"cpu": 2 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
@@ -132,8 +132,8 @@ def _held(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     return entries.clamp(0, max(len(head.weight) - 1, 0)), inside
 
 
-def head_forward(head: Head, rows: Rows) -> Tensor:
-    """Row sums [6, n]; fills `rows.kept` with E, 0 at the target."""
+def head_forward(head: Head, rows: Rows, n_parts: int) -> Tensor:
+    """Row sums [n_parts, n]; fills `rows.kept` with E, 0 at the target."""
     n, vocab = len(rows.targets), len(head.weight)
     tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
     width = tile_width(n, tile_bytes)
@@ -144,10 +144,10 @@ def head_forward(head: Head, rows: Rows) -> Tensor:
         store = None if rows.kept is None else rows.kept[:, columns]
         out = store if store is not None and in_place else scratch.tile(n, columns)
         block = _block(head, rows, columns, out)
-        parts.append(fold_forward(head.options.impl, block, store))
+        parts.append(fold_forward(head.options.impl, block, n_parts, store))
         if store is None and len(parts) == 16:  # only E, once stored, needs the parts apart
             parts = [merge(torch.cat(parts))[None]]
-    parts = torch.cat(parts) if parts else rows.anchor.new_zeros((1, len(PARTS), n))
+    parts = torch.cat(parts) if parts else rows.anchor.new_zeros((1, n_parts, n))
     sums = merge(parts)
     if head.options.shard is not None:
         sums, others = head.options.shard.merged(sums)
@@ -181,7 +181,9 @@ def _gradient_tile(
             c.alpha * rows.inverse_temperature * head.options.logit_scale
         )[:, None]
     e = e.float()
-    grad = torch.special.xlogy(e, e).mul_(c.beta[:, None]).addcmul_(e, c.alpha[:, None])
+    grad = e * c.alpha[:, None]
+    if c.beta is not None:
+        grad.addcmul_(torch.special.xlogy(e, e), c.beta[:, None])
     _at_target(grad, rows.targets - columns.start, c.gamma * _target_slope(head, rows))
     grad *= (rows.inverse_temperature * head.options.logit_scale)[:, None]
     return grad.to(head.options.dtype), None

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 PARTS = ("sum_e", "shift", "sum_ed", "sum_d", "sum_ee", "max_d")
+FEWEST_PARTS = 2  # what logp and lse need, and their gradients
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq", "top1")
 
 
@@ -59,12 +60,13 @@ class Coefficients(NamedTuple):
     """What a token's gradient needs beyond its logits, float32 [N] each."""
 
     alpha: Tensor
-    beta: Tensor
+    beta: Tensor | None  # of the entropy: None if that has no gradient
     gamma: Tensor
     shift: Tensor
 
     def select(self, rows) -> Coefficients:
-        return Coefficients(*(x[rows] for x in self))
+        alpha, gamma, shift = (x[rows] for x in (self.alpha, self.gamma, self.shift))
+        return Coefficients(alpha, None if self.beta is None else self.beta[rows], gamma, shift)
 
 
 def target_anchor(raw_target: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -73,43 +75,46 @@ def target_anchor(raw_target: Tensor, scale: float, cap: float | None) -> Tensor
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
+def parts_for(outputs: tuple[str, ...]) -> int:
+    """How many of PARTS these outputs need."""
+    return FEWEST_PARTS if {"logp", "lse"}.issuperset(outputs) else len(PARTS)
+
+
 def merge(parts: Tensor) -> Tensor:
-    """Partial sums [blocks, 6, N] of column blocks -> [6, N] of the whole row."""
-    sum_e, shift, sum_ed, sum_d, sum_ee, max_d = parts.unbind(1)
+    """Partial sums [blocks, P, N] of column blocks -> [P, N] of the whole row, P 2 or 6."""
+    sum_e, shift = parts[:, 0], parts[:, 1]
     common = shift.amax(0)
     raise_by = shift - common  # <= 0
     weight = raise_by.exp()
-    return torch.stack(
-        (
-            (weight * sum_e).sum(0),
-            common,
-            (weight * (sum_ed + raise_by * sum_e)).sum(0),
-            sum_d.sum(0),
-            (weight * weight * sum_ee).sum(0),
-            max_d.amax(0),
-        )
-    )
+    merged = [(weight * sum_e).sum(0), common]
+    if parts.shape[1] > FEWEST_PARTS:
+        sum_ed, sum_d, sum_ee, max_d = parts[:, FEWEST_PARTS:].unbind(1)
+        merged.append((weight * (sum_ed + raise_by * sum_e)).sum(0))
+        merged += [sum_d.sum(0), (weight * weight * sum_ee).sum(0), max_d.amax(0)]
+    return torch.stack(merged)
 
 
 def finalize(
     sums: Tensor, anchor: Tensor, inverse_temperature: Tensor, vocab: int, outputs: tuple[str, ...]
 ) -> TokenStats:
-    """Row sums [6, N] -> the requested statistics."""
-    sum_e, shift, sum_ed, sum_d, sum_ee, max_d = sums
-    log_total = torch.log1p(sum_e + torch.expm1(-shift))
+    """Row sums [P, N] -> the requested statistics, for which `parts_for` says how many it takes."""
+    part = dict(zip(PARTS, sums, strict=False))
+    shift = part["shift"]
+    log_total = torch.log1p(part["sum_e"] + torch.expm1(-shift))
     stats = {"logp": -shift - log_total}
     x_target = anchor * inverse_temperature
     if "entropy" in outputs:
         at_target = (-shift).exp() * -shift
-        stats["entropy"] = log_total - (sum_ed + at_target) / log_total.exp()
+        stats["entropy"] = log_total - (part["sum_ed"] + at_target) / log_total.exp()
     if "lse" in outputs:
         stats["lse"] = x_target + shift + log_total
     if "mean_logit" in outputs:
-        stats["mean_logit"] = x_target + sum_d / vocab
+        stats["mean_logit"] = x_target + part["sum_d"] / vocab
     if "log_sum_sq" in outputs:
-        stats["log_sum_sq"] = torch.log1p(sum_ee + torch.expm1(-2 * shift)) - 2 * log_total
+        total_ee = part["sum_ee"] + torch.expm1(-2 * shift)
+        stats["log_sum_sq"] = torch.log1p(total_ee) - 2 * log_total
     if "top1" in outputs:
-        stats["top1"] = max_d <= 0
+        stats["top1"] = part["max_d"] <= 0
     return TokenStats(**stats)
 
 
@@ -121,13 +126,13 @@ def coefficients(
     d logp / d x_v = [v=y] - p_v;  d lse / d x_v = p_v;
     d entropy / d x_v = -p_v (log p_v + entropy).
     """
-    sum_e, shift, sum_ed = sums[0], sums[1], sums[2]
+    sum_e, shift = sums[:FEWEST_PARTS]
     zero = torch.zeros_like(sum_e)
     e_target = (-shift).exp()
     log_total = torch.log1p(sum_e + torch.expm1(-shift))
     per_p = zero  # the part of d loss / d x_v that is p_v times a constant
     gamma = zero
-    beta = zero
+    beta = None
     if grad_logp is not None:
         per_p = per_p - grad_logp
         gamma = gamma + grad_logp * sum_e / log_total.exp()  # 1 - p_y without cancellation
@@ -136,7 +141,7 @@ def coefficients(
         gamma = gamma + grad_lse * (e_target / log_total.exp())
     if grad_entropy is not None:
         total = log_total.exp()
-        entropy = log_total - (sum_ed - e_target * shift) / total
+        entropy = log_total - (sums[2] - e_target * shift) / total
         per_p = per_p - grad_entropy * (entropy - log_total)
         beta = -grad_entropy / total
         p_target = e_target / total
