@@ -72,7 +72,7 @@ __device__ __forceinline__ Affine unpack(unsigned long long word) {
 __device__ float carried_into(int chunk, int chunks, const volatile unsigned long long* published,
                               int lane) {
   Affine seen = {1.0f, 0.0f};
-  for (int first = chunk + 1;; first += kLanes) {
+  for (int first = chunk + 1; first < chunks && seen.slope != 0.0f; first += kLanes) {
     Affine map = {0.0f, 0.0f};  // beyond the last chunk there is nothing
     bool ready = first + lane >= chunks;
     unsigned needed;
@@ -86,8 +86,8 @@ __device__ float carried_into(int chunk, int chunks, const volatile unsigned lon
       needed = cuts ? cuts ^ (cuts - 1) : kAllLanes;  // the lanes up to the nearest cut
     } while ((__ballot_sync(kAllLanes, ready) & needed) != needed);
     seen = compose(seen, from_lane(scan_warp(map, lane), 0));
-    if (seen.slope == 0.0f) return seen.offset;
   }
+  return seen.offset;
 }
 
 // Marks the tokens of this chunk that end a sequence, with what is carried into them.
@@ -109,9 +109,10 @@ __device__ void mark_ends(const GaeArguments& args, int chunk_begin, unsigned* e
   }
 }
 
+template <bool kWhole>  // whether all tokens of the chunk exist
 __device__ __forceinline__ void load(const float* from, int token, int tokens,
                                      float (&to)[kVector]) {
-  if (token + kVector <= tokens) {
+  if (kWhole || token + kVector <= tokens) {
     const float4 all = *reinterpret_cast<const float4*>(from + token);
     to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
   } else {
@@ -121,8 +122,9 @@ __device__ __forceinline__ void load(const float* from, int token, int tokens,
 }
 
 // The mask bytes of 4 tokens in one register.
+template <bool kWhole>
 __device__ __forceinline__ unsigned load(const uint8_t* mask, int token, int tokens) {
-  if (token + kVector <= tokens) return *reinterpret_cast<const unsigned*>(mask + token);
+  if (kWhole || token + kVector <= tokens) return *reinterpret_cast<const unsigned*>(mask + token);
   unsigned bytes = 0;
 #pragma unroll 1  // only the last tokens come here: spare the registers
   for (int i = 0; token + i < tokens; ++i) bytes |= static_cast<unsigned>(mask[token + i]) << 8 * i;
@@ -138,6 +140,37 @@ __device__ __forceinline__ void store(float* to, int token, int tokens,
     for (int i = 0; i < kVector; ++i)
       if (token + i < tokens) to[token + i] = from[i];
   }
+}
+
+// What a lane knows of its tokens.
+struct Tokens {
+  float reward[kTiles][kVector], value[kTiles][kVector] = {};
+  unsigned mask[kTiles];
+};
+
+// Rewards come out shaped. No load waits for another: all are on their way before one is used.
+template <bool kHasValues, bool kShaped, bool kWhole>
+__device__ __forceinline__ void read(const GaeArguments& args, int begin, int tokens, int local,
+                                     Tokens& x) {
+  float logp[kTiles][kVector], ref_logp[kTiles][kVector];
+  const bool penalised = kShaped && args.logp;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int token = local + tile * kTile;
+    load<kWhole>(args.rewards + begin, token, tokens, x.reward[tile]);
+    if (kHasValues) load<kWhole>(args.values + begin, token, tokens, x.value[tile]);
+    x.mask[tile] = args.mask ? load<kWhole>(args.mask + begin, token, tokens) : 0x01010101u;
+    if (penalised) {
+      load<kWhole>(args.logp + begin, token, tokens, logp[tile]);
+      load<kWhole>(args.ref_logp + begin, token, tokens, ref_logp[tile]);
+    }
+  }
+#pragma unroll
+  for (int tile = 0; penalised && tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (x.mask[tile] >> 8 * i & 0xffu)
+        x.reward[tile][i] -= args.kl_coef * (logp[tile][i] - ref_logp[tile][i]);
 }
 
 // The sequence of a token: the first that ends after it.
@@ -159,12 +192,8 @@ __device__ __forceinline__ float decay_of(const GaeArguments& args, int map, int
   return args.gamma * (lams ? lams[sequence] : map ? args.critic_lam : args.lam);
 }
 
-// Adds up `own` over the block, then over all blocks: the last block to come here adds the parts
-// of all, in their order, so the result is the same bits in every run. `arrived` starts at ~0.
-__device__ void add_up(double (&own)[3], int chunk, int chunks, double* parts, unsigned* arrived,
-                       double* statistics) {
-  __shared__ double warp_sums[kWarps][3];
-  __shared__ bool is_last;
+// Adds up `own` over the block, for thread 0, always in the same order.
+__device__ __forceinline__ void add_up_block(double (&own)[3], double (*warp_sums)[3]) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
@@ -174,28 +203,34 @@ __device__ void add_up(double (&own)[3], int chunk, int chunks, double* parts, u
     if (lane == 0) warp_sums[warp][k] = own[k];
   }
   __syncthreads();
+  if (thread != 0) return;
+  for (int i = 3; i < 3 * kWarps; ++i) own[i % 3] += warp_sums[i / 3][i % 3];
+}
+
+// Adds up `own` over all blocks: the last block to come here adds the parts of all, in an order
+// that is the same in every run. `arrived` starts at ~0.
+__device__ void add_up(double (&own)[3], int chunk, int chunks, double* parts, unsigned* arrived,
+                       double* statistics) {
+  __shared__ double warp_sums[kWarps][3];
+  __shared__ bool is_last;
+  const int thread = static_cast<int>(threadIdx.x);
+  add_up_block(own, warp_sums);
   if (thread == 0) {
-    for (int k = 0; k < 3; ++k) {
-      double sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][k];
-      parts[3 * chunk + k] = sum;
-    }
+    for (int k = 0; k < 3; ++k) parts[3 * chunk + k] = own[k];
     __threadfence();
     is_last = atomicAdd(arrived, 1u) + 1u == static_cast<unsigned>(chunks - 1);
     __threadfence();
   }
   __syncthreads();
-  if (!is_last || warp != 0) return;
+  if (!is_last) return;
   const volatile double* all = parts;
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    double sum = 0;
-    for (int other = lane; other < chunks; other += kLanes) sum += all[3 * other + k];
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2)
-      sum += __shfl_down_sync(kAllLanes, sum, step);
-    if (lane == 0) statistics[k] = sum;
-  }
+  for (int k = 0; k < 3; ++k) own[k] = 0;
+#pragma unroll 4  // nothing else runs by now: what counts is how many loads are on their way
+  for (int other = thread; other < chunks; other += kThreads)
+    for (int k = 0; k < 3; ++k) own[k] += all[3 * other + k];
+  add_up_block(own, warp_sums);
+  if (thread == 0)
+    for (int k = 0; k < 3; ++k) statistics[k] = own[k];
 }
 
 // What lies in `scratch`, in 8-byte words; the first `marked` must be all ones.
@@ -231,26 +266,16 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
   __syncthreads();
   const int chunk = chunk_index, chunk_begin = chunk * kChunk;
   const int tokens = static_cast<int>(args.tokens) - chunk_begin;  // from here to the last
-
-  float reward[kTiles][kVector], value[kTiles][kVector] = {};
-  unsigned mask[kTiles];
+  const int own = warp * kWarpTokens + lane * kVector;  // this lane's first
+  Tokens x;
+  if (tokens >= kChunk)
+    read<kHasValues, kShaped, true>(args, chunk_begin, tokens, own, x);
+  else
+    read<kHasValues, kShaped, false>(args, chunk_begin, tokens, own, x);
   int sequence[kTiles] = {};  // of the last of this lane's tokens
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
-    load(args.rewards + chunk_begin, local, tokens, reward[tile]);
-    if (kHasValues) load(args.values + chunk_begin, local, tokens, value[tile]);
-    mask[tile] = args.mask ? load(args.mask + chunk_begin, local, tokens) : 0x01010101u;
-    if (kShaped && args.logp) {
-      float logp[kVector], ref_logp[kVector];
-      load(args.logp + chunk_begin, local, tokens, logp);
-      load(args.ref_logp + chunk_begin, local, tokens, ref_logp);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        if (mask[tile] >> 8 * i & 0xffu) reward[tile][i] -= args.kl_coef * (logp[i] - ref_logp[i]);
-    }
-    if (kMaps > 1) sequence[tile] = sequence_of(args, chunk_begin + local + kVector - 1);
-  }
+  for (int tile = 0; kMaps > 1 && tile < kTiles; ++tile)
+    sequence[tile] = sequence_of(args, chunk_begin + own + tile * kTile + kVector - 1);
   mark_ends(args, chunk_begin, ends, tails);
   __syncthreads();
 
@@ -260,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
   for (int m = 0; m < kMaps; ++m) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+      const int local = own + tile * kTile;
       const unsigned ended = ends[local / 32] >> (local % 32);
       int s = sequence[tile];
       Affine map = {1.0f, 0.0f};
@@ -270,9 +295,9 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
           while (args.cu_seqlens[s] > chunk_begin + local + i) --s;
         const float decay = decay_of<kMaps>(args, m, s), keep = args.gamma - decay;
         if (ended >> i & 1u) map = {0.0f, tails[local + i]};
-        const float r = reward[tile][i];
-        const bool acts = mask[tile] >> 8 * i & 0xffu;
-        const float offset = acts ? fmaf(decay, r, keep * value[tile][i]) : r;
+        const float r = x.reward[tile][i];
+        const bool acts = x.mask[tile] >> 8 * i & 0xffu;
+        const float offset = acts ? fmaf(decay, r, keep * x.value[tile][i]) : r;
         map = compose({acts ? decay : 1.0f, offset}, map);
       }
       map = scan_warp(map, lane);
@@ -295,11 +320,10 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
 
   if (warp == 0) {
 #pragma unroll
-    for (int m = 0; m < kMaps; ++m) {
+    for (int m = 0; m < kMaps; ++m)
       if (lane == 0)
         atomicExch(&scratch.published[m * chunks + chunk],
                    pack(compose(warp_map[m], later_warps[m])));
-    }
 #pragma unroll
     for (int m = 0; m < kMaps; ++m) {
       const float carried = carried_into(chunk, chunks, scratch.published + m * chunks, lane);
@@ -314,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
   for (int m = 0; m < kMaps; ++m) carried[m] = apply(later_warps[m], chunk_carried[m]);
 #pragma unroll
   for (int tile = kTiles - 1; tile >= 0; --tile) {
-    const int local = warp * kWarpTokens + tile * kTile + lane * kVector;
+    const int local = own + tile * kTile;
     const unsigned ended = ends[local / 32] >> (local % 32);
     float advantage[kVector], total[kVector];
 #pragma unroll
@@ -327,10 +351,10 @@ __global__ void __launch_bounds__(kThreads, kShaped ? kShapedBlocksPerSm : kBloc
           while (args.cu_seqlens[s] > chunk_begin + local + i) --s;
         const float decay = decay_of<kMaps>(args, m, s), keep = args.gamma - decay;
         if (ended >> i & 1u) inside = tails[local + i];
-        const float sum = reward[tile][i] + inside;
-        const bool acts = mask[tile] >> 8 * i & 0xffu;
-        inside = acts ? fmaf(decay, sum, keep * value[tile][i]) : sum;
-        if (m == 0) advantage[i] = acts ? sum - value[tile][i] : 0.0f;
+        const float sum = x.reward[tile][i] + inside;
+        const bool acts = x.mask[tile] >> 8 * i & 0xffu;
+        inside = acts ? fmaf(decay, sum, keep * x.value[tile][i]) : sum;
+        if (m == 0) advantage[i] = acts ? sum - x.value[tile][i] : 0.0f;
         if (m == kMaps - 1) total[i] = acts ? sum : 0.0f;
         if (kShaped && m == 0 && acts && local + i < tokens) {
           sums[0] += 1.0;

@@ -265,7 +265,9 @@ def scan(packed: Packed, impl: str, statistics: bool = False) -> Results:
     packed = packed._replace(**tensors)
     returns = torch.empty_like(packed.rewards)
     advantages = None if packed.values is None else torch.empty_like(returns)
-    sums = returns.new_zeros(3, dtype=torch.float64) if statistics else None
+    # whole where there are tokens: a kernel writes all three
+    fresh = torch.empty if len(returns) else torch.zeros
+    sums = fresh(3, dtype=torch.float64, device=returns.device) if statistics else None
     out = Results(advantages, returns, sums)
     if len(returns):
         _LAUNCH[impl](packed, out)

@@ -237,10 +237,14 @@ def _choose(impl: str, q: Tensor, v: Tensor) -> str:
 
 
 def _calls(table: PrefixTable, scale: float) -> tuple[Segments, Segments, slice, slice]:
-    """The causal call, the prefix call, and the rows and keys of the pack the latter is about."""
-    cu, longest = table.cu_seqlens, table.max_segment
+    """The causal call, the prefix call, and the rows and keys of the pack the latter is about.
+
+    Told that no entry has a second query, a flash kernel takes another path for grouped heads,
+    which fails for empty entries and lays lse out in another way: so the bounds are 2 at least.
+    """
+    cu, longest = table.cu_seqlens, max(table.max_segment, 2)
     own = Segments(cu, cu, longest, longest, True, scale)
-    shared = Segments(table.cu_q, table.cu_k, table.max_q, table.max_k, False, scale)
+    shared = Segments(table.cu_q, table.cu_k, max(table.max_q, 2), table.max_k, False, scale)
     return own, shared, slice(*table.queries), slice(*table.keys)
 
 

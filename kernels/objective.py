@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "pair", "group"]
@@ -35,5 +34,7 @@ class Objective(NamedTuple):
 
     def mean(self) -> Tensor:
         """The loss of a batch that is neither accumulated nor spread over ranks."""
-        count = self.loss.numel() if self.count is None else self.count
-        return self.loss.sum() / torch.as_tensor(count, device=self.loss.device).clamp(min=1)
+        total = self.loss.sum()
+        if self.count is None:  # as a tensor, it would wait for the GPU
+            return total / max(1, self.loss.numel())
+        return total / self.count.clamp(min=1)

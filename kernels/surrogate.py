@@ -255,10 +255,8 @@ def _launch_triton(x: Tokens, s: Settings, loss, d_logp, d_ratio, sums) -> None:
             d_ratio,
             sums,
             len(loss),
-            s.low,
-            s.high,
-            s.cap,
-            s.kl_coef,
+            # a whole number would be compiled in
+            *map(float, (s.low, s.high, s.cap, s.kl_coef)),
             RULE=KERNEL_RULES[s.rule],
             KL=KERNEL_KL[s.kl] if s.kl else 0,
             HAS_RATIO=x.log_ratio is not None,
@@ -302,8 +300,9 @@ class _Surrogate(torch.autograd.Function):
         if len(loss):
             (_launch_cpu if impl == "cpu" else _launch_triton)(x, s, loss, d_logp, d_ratio, sums)
         ctx.save_for_backward(d_logp, d_ratio)
-        counters = sums.sum(0, dtype=torch.float64).float()
+        counters = sums.sum(0)
         ctx.mark_non_differentiable(counters)
+        ctx.set_materialize_grads(False)  # or zeros are made for the counters'
         return loss, counters
 
     @staticmethod
