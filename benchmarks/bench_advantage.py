@@ -2,46 +2,47 @@
 
 `gae`: each impl beside the loop of the RLHF trainers over a padded batch; all sequences of a row
 are equally long, which flatters the loop. A token costs 17 bytes: rewards, values and mask read,
-advantages and returns written.
+advantages and returns written. `ragged gae`: packed tokens of sequences of very different lengths.
+The padded loop (as in verl and in TRL's former PPO trainer) runs over the longest; its padding is
+not timed. The Python loop goes over the tokens of each sequence as floats.
 
-`ragged gae`: a million packed tokens of sequences of very different lengths. The padded loop (as in
-verl and in TRL's former PPO trainer) runs over the longest; its padding is not timed. The Python
-loop goes over the tokens of each sequence as floats.
+`shaped gae`, even and ragged: KL in the reward, a lambda for the critic and whitening statistics in
+one launch, 25 bytes a token, beside the same from functions that do one of these each.
 
-`shaped gae`: KL in the reward, a lambda for the critic and whitening statistics in one launch, 25
-bytes a token, beside the same from functions that do one of these each.
-
-GB/s is the bytes of the packed tokens over the time, for the loops too.
+On a GPU "ms" is the time on the device, of replayed CUDA graphs; "call ms" that of single calls,
+"wall ms" from call to call. GB/s is the bytes of the packed tokens over the time, for loops too.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, machine, milliseconds, table
+from common import device
+from exact import most_off
+from measure import Case, Method, main
+from torch import Tensor
 
 from prefuse.kernels.advantage import gae, shaped_gae
 from prefuse.kernels.advantage_parts import shaped_rewards
 from prefuse.kernels.launch import choose_impl
 from prefuse.kernels.whitening import whitening_statistics
 
-BYTES_PER_TOKEN = 17
-SHAPED_BYTES_PER_TOKEN = 25
-RAGGED_TOKENS = 1 << 20
-LONGEST = 8192
-GAMMA, LAM = 1.0, 0.95
-SHAPES = {
+BYTES, SHAPED_BYTES = 17, 25  # a token
+GAMMA, LAM, CRITIC_LAM, KL = 1.0, 0.95, 1.0, 0.05
+EVEN = {
     "cuda": [(1024, 8192), (8192, 1024), (8, 131072)],
     "cpu": [(64, 2048), (1024, 128), (1, 16384)],
+    "tiny": [(4, 32)],
 }
+RAGGED = {"cuda": (1 << 23, 32768), "cpu": (1 << 20, 8192), "tiny": (256, 64)}  # tokens, longest
+LIMITS = {"max error": 1e-5, "of statistics": 1e-5}
+LOOPED = 1 << 14  # time steps that a loop over them is worth waiting for
 
 
-def padded_loop(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """[B, T] each; the masked recursion of the RLHF trainers, one time step at a time."""
     acts = mask.to(rewards.dtype)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
@@ -56,19 +57,9 @@ def padded_loop(
     return result * acts, (result + values) * acts
 
 
-def usable_impls(device: str) -> list[str]:
-    impls = []
-    for impl in ("cuda", "triton", "cpu"):
-        try:
-            impls.append(choose_impl(impl, torch.device(device), ("cuda", "triton", "cpu")))
-        except ValueError:
-            continue
-    return impls
-
-
 def python_loop(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rewards: Tensor, values: Tensor, mask: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
     """[T] each, packed; one token at a time."""
     r, v, acts, bounds = rewards.tolist(), values.tolist(), mask.tolist(), ends.tolist()
     advantages, returns = [0.0] * len(r), [0.0] * len(r)
@@ -82,115 +73,148 @@ def python_loop(
     return torch.tensor(advantages), torch.tensor(returns)
 
 
-def timed(runs: dict[str, Any], tokens: int, bytes_per_token: int, **columns: object) -> list[dict]:
-    """A measurement of each run; the others are compared with the last."""
-    measured = []
-    times = {name: milliseconds(run) for name, run in runs.items()}
-    last = list(times)[-1]
-    for name, ms in times.items():
-        gbps = bytes_per_token * tokens / ms / 1e6
-        row = {**columns, "impl": name, "ms": ms, "GB/s": gbps}
-        row["% of copy"] = 100 * gbps / ceilings()["gbps"]
-        measured.append(row | {"times as fast as the last": times[last] / ms})
-    return measured
+def usable_impls() -> list[str]:
+    impls = []
+    for impl in ("cuda", "triton", "cpu"):
+        try:
+            impls.append(choose_impl(impl, device(), ("cuda", "triton", "cpu")))
+        except ValueError:
+            continue
+    return impls
 
 
-def agree(runs: dict[str, Any], wanted: tuple[torch.Tensor, ...]) -> None:
-    for run in runs.values():
-        for got, exact in zip(run(), wanted, strict=True):
-            exact = exact.to(got)
-            torch.testing.assert_close(got.view_as(exact), exact, rtol=1e-4, atol=1e-4)
+def tokens(ends: Tensor) -> dict[str, Tensor]:
+    """[T] tensors; rewards of observations are 0, as the loops drop them."""
+    total = int(ends[-1])
+    mask = torch.rand(total, device=device()) > 0.2
+    names = ("values", "logp", "ref_logp", "rewards")
+    x = {name: torch.randn(total, device=device()) for name in names}
+    return x | dict(rewards=x["rewards"] * mask, mask=mask)
 
 
-def even_rows(device: str) -> list[dict]:
-    measured = []
-    for sequences, length in SHAPES[device]:
-        torch.manual_seed(0)
-        mask = torch.rand(sequences, length, device=device) > 0.2
-        rewards = torch.randn(sequences, length, device=device) * mask
-        values = torch.randn(sequences, length, device=device)
-        ends = torch.arange(sequences + 1, device=device, dtype=torch.int32) * length
-        packed = (rewards.flatten(), values.flatten(), ends)
-        options: dict[str, Any] = dict(gamma=GAMMA, lam=LAM, mask=mask.flatten())
-        runs: dict[str, Any] = {
-            impl: partial(gae, *packed, **options, impl=impl) for impl in usable_impls(device)
-        }
-        runs["padded loop"] = partial(padded_loop, rewards, values, mask)
-        agree(runs, runs["padded loop"]())
-        shape = {"op": "gae", "sequences": sequences, "tokens each": length}
-        measured += timed(runs, sequences * length, BYTES_PER_TOKEN, **shape)
-    return measured
+def even_ends(sequences: int, length: int) -> Tensor:
+    return torch.arange(sequences + 1, device=device(), dtype=torch.int32) * length
 
 
-def ragged(device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Boundaries of sequences with log-uniform lengths, and [T] tensors."""
+def ragged_ends(total: int, longest: int) -> Tensor:
+    """Boundaries of sequences with log-uniform lengths; the first is the longest."""
+    draws = torch.rand(max(total // 64, longest)) * torch.tensor(float(longest)).log()
+    lengths = torch.cat([torch.tensor([longest]), draws.exp().long()])
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ends = torch.cat([ends[ends < total], torch.tensor([total])])
+    return ends.to(device=device(), dtype=torch.int32)
+
+
+def errors(exact: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> dict[str, float]:
+    """Of advantages and returns, over the largest of them; relative of the statistics."""
+    pairs = zip(out[:2], exact[:2], strict=True)
+    off = [most_off(a.flatten().to(b.device), b) / float(b.abs().max()) for a, b in pairs]
+    found = {"max error": max(off)}
+    if len(exact) > 2:
+        found["of statistics"] = most_off(out[2] / exact[2], torch.ones_like(exact[2]))
+    return found
+
+
+def in_double(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+
+
+def gae_methods(ends: Callable[[], Tensor], loops: bool, copies: int) -> list[Method]:
     torch.manual_seed(0)
-    lengths = torch.exp(torch.rand(RAGGED_TOKENS // 64) * torch.tensor(float(LONGEST)).log())
-    ends = torch.cat([torch.zeros(1), lengths.long().cumsum(0)])
-    ends = torch.cat([ends[ends < RAGGED_TOKENS], torch.tensor([RAGGED_TOKENS])])
-    mask = torch.rand(RAGGED_TOKENS) > 0.2
-    tokens = {name: torch.randn(RAGGED_TOKENS) for name in ("values", "logp", "ref_logp")}
-    tokens |= dict(rewards=torch.randn(RAGGED_TOKENS) * mask, mask=mask)
-    ends = ends.to(device=device, dtype=torch.int32)
-    return ends, {name: x.to(device) for name, x in tokens.items()}
+    bounds = ends()
+    sets = [tokens(bounds) for _ in range(copies)]
+    options: dict[str, Any] = dict(gamma=GAMMA, lam=LAM)
+
+    def ours(impl: str, x: dict[str, Tensor]):
+        return gae(x["rewards"], x["values"], bounds, mask=x["mask"], **options, impl=impl)
+
+    exact = ours("reference", in_double(sets[0]))
+    found = [_ours(impl, partial(ours, impl), sets, exact) for impl in usable_impls()]
+    longest = int(bounds.diff().max())
+    if loops and longest <= LOOPED:
+        found += _loops(bounds, longest, sets[0], exact)
+    return found
 
 
-def ragged_rows(device: str) -> list[dict]:
-    ends, x = ragged(device)
-    packed = (x["rewards"], x["values"], ends)
-    runs: dict[str, Any] = {
-        impl: partial(gae, *packed, gamma=GAMMA, lam=LAM, mask=x["mask"], impl=impl)
-        for impl in usable_impls(device)
-    }
-    lengths = ends.diff()
-    longest, sequences = int(lengths.max()), len(lengths)
-    inside = torch.arange(longest, device=device) < lengths[:, None]
-
-    def pad(packed: torch.Tensor) -> torch.Tensor:
-        grid = packed.new_zeros(sequences, longest)
-        return grid.masked_scatter(inside, packed)
-
-    padded = [pad(x[name]) for name in ("rewards", "values", "mask")]
-    loop = partial(padded_loop, *padded)
-    python = partial(python_loop, *packed[:2], x["mask"], ends)
-    agree(runs | {"Python loop": python}, tuple(found[inside] for found in loop()))
-    runs |= {"padded loop": loop, "Python loop": python}
-    shape = {"op": "ragged gae", "sequences": sequences, "tokens each": f"1 to {longest}"}
-    return timed(runs, RAGGED_TOKENS, BYTES_PER_TOKEN, **shape)
+def _ours(name: str, run: Callable[..., Any], sets: list, exact: tuple) -> Method:
+    again = tuple(partial(run, x) for x in sets[1:])
+    return Method(name, partial(run, sets[0]), partial(errors, exact), LIMITS, True, copies=again)
 
 
-def shaped_rows(device: str) -> list[dict]:
-    ends, x = ragged(device)
-    options: dict[str, Any] = dict(gamma=GAMMA, lam=LAM, critic_lam=1.0, mask=x["mask"])
+def _loops(bounds: Tensor, longest: int, x: dict[str, Tensor], exact: tuple) -> list[Method]:
+    lengths = bounds.diff()
+    inside = torch.arange(longest, device=bounds.device) < lengths[:, None]
+    names = ("rewards", "values", "mask")
+    grids = [x[n].new_zeros(inside.shape).masked_scatter(inside, x[n]) for n in names]
 
-    def fused(impl: str) -> tuple[torch.Tensor, ...]:
-        pair = x["logp"], x["ref_logp"]
-        return shaped_gae(x["rewards"], x["values"], ends, *pair, **options, impl=impl)
+    def packed(out: tuple) -> dict[str, float]:
+        return errors(exact, tuple(found[inside] for found in out))
 
-    def composed(impl: str) -> tuple[torch.Tensor, ...]:
+    padded = partial(padded_loop, *grids)
+    found = [Method("padded loop", padded, packed, LIMITS, graph=False)]
+    if bounds.device.type == "cpu":
+        python = partial(python_loop, *(x[n] for n in names), bounds)
+        found.append(Method("Python loop", python, partial(errors, exact), LIMITS))
+    return found
+
+
+def shaped_methods(ends: Callable[[], Tensor], copies: int) -> list[Method]:
+    torch.manual_seed(0)
+    bounds = ends()
+    sets = [tokens(bounds) for _ in range(copies)]
+    options: dict[str, Any] = dict(gamma=GAMMA, lam=LAM, critic_lam=CRITIC_LAM)
+
+    def fused(impl: str, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        given = x["rewards"], x["values"], bounds, x["logp"], x["ref_logp"]
+        return shaped_gae(*given, kl_coef=KL, mask=x["mask"], **options, impl=impl)
+
+    def composed(impl: str, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
         names = ("rewards", "logp", "ref_logp", "mask")
-        rewards = shaped_rewards(*(x[name] for name in names), kl_coef=0.05)
-        found = gae(rewards, x["values"], ends, **options, impl=impl)
+        rewards = shaped_rewards(*(x[name] for name in names), kl_coef=KL)
+        found = gae(rewards, x["values"], bounds, mask=x["mask"], **options, impl=impl)
         return *found, whitening_statistics(found[0], x["mask"])
 
-    measured = []
-    for impl in usable_impls(device):
-        runs = {
-            f"{impl}, one launch": partial(fused, impl),
-            f"{impl}, steps": partial(composed, impl),
-        }
-        agree(runs, runs[f"{impl}, steps"]())
-        shape = {"op": "shaped gae", "sequences": len(ends) - 1, "tokens each": "ragged"}
-        measured += timed(runs, RAGGED_TOKENS, SHAPED_BYTES_PER_TOKEN, **shape)
-    return measured
+    exact = composed("reference", in_double(sets[0]))
+    found = []
+    for impl in usable_impls():
+        for name, run in (("one launch", fused), ("steps", composed)):
+            found.append(_ours(f"{impl}, {name}", partial(run, impl), sets, exact))
+    return found
 
 
-def rows() -> list[dict]:
-    """Every result is checked against that of the loops before it is timed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return even_rows(device) + ragged_rows(device) + shaped_rows(device)
+def cases(size: str) -> list[Case]:
+    found = []
+    sets = 3 if size == "cuda" else 1  # in a graph: the smallest has 8 million bytes
+
+    def add(op: str, make: Callable, total: int, per_token: int, **columns: object) -> None:
+        name = f"{op} {columns['sequences']} x {columns['tokens each']}"
+        told = {"op": op, **columns, "tokens": total}
+        moved = float(per_token * total)
+        found.append(Case(name, make, told, bytes=moved, short=True, label="impl"))
+
+    total, longest = RAGGED[size]
+    torch.manual_seed(0)
+    bounds = ragged_ends(total, longest)
+    ragged = {"sequences": len(bounds) - 1, "tokens each": f"1 to {longest}"}
+    first, *others = EVEN[size]
+
+    def even(shape: tuple[int, int]) -> None:
+        columns = {"sequences": shape[0], "tokens each": shape[1]}
+        ends = partial(even_ends, *shape)
+        make = partial(gae_methods, ends, True, sets)
+        add("gae", make, shape[0] * shape[1], BYTES, **columns)
+        if shape == first:
+            make = partial(shaped_methods, ends, sets)
+            add("shaped gae", make, shape[0] * shape[1], SHAPED_BYTES, **columns)
+
+    even(first)
+    ends = partial(lambda given: given, bounds)
+    add("ragged gae", partial(gae_methods, ends, size != "cuda", sets), total, BYTES, **ragged)
+    add("ragged shaped gae", partial(shaped_methods, ends, sets), total, SHAPED_BYTES, **ragged)
+    for shape in others:
+        even(shape)
+    return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(machine()))
-    print(table(rows()))
+    main(__doc__, cases)

@@ -1,37 +1,53 @@
-"""Divergences of two heads: time, TFLOP/s and peak memory, beside naive logits and the peers.
+"""Divergences of two heads: time, TFLOP/s, error and peak memory, beside naive logits and others.
 
-python benchmarks/bench_divergence.py            time
+python benchmarks/bench_divergence.py            time and error
 python benchmarks/bench_divergence.py --memory   peak memory, one process a case
+
+Forward and backward, with another random factor for every token. The floor is four vocabulary GEMMs
+at the measured rate, two of them forward; six for the mode that recomputes.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import (
-    ceilings,
-    device,
-    extra_mb,
-    in_turns,
-    peak_memory_mb,
-    reset_peak_memory,
-    with_memory,
-)
+from common import device, extra_mb, peak_memory_mb, reset_peak_memory
+from exact import Exact, exact_head, head_errors
+from measure import Case, Method, main
+from torch import Tensor
 
 from prefuse.kernels.divergence import linear_divergence, reference
 
-# (N, H, V), student and teacher alike: GPT-2's vocabulary, then Qwen2-0.5B's and an 8B model's head
+# (N, H, V), student and teacher alike: GPT-2's vocabulary, Qwen2-0.5B's and an 8B model's head
 SHAPES = {
+    "tiny": [(48, 32, 384)],
     "cpu": [(512, 384, 50257), (1024, 896, 151936)],
-    "cuda": [(8192, 896, 151936), (8192, 4096, 128256)],
+    "cuda": [(8192, 4096, 128256), (8192, 896, 151936)],
 }
 MEMORY_SHAPE = (1024, 896, 151936)
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # as the peers name the kinds
-Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+LIMITS = {
+    torch.float32: {"relative error": 1e-4, "d hidden off": 1e-4, "d weight off": 1e-4},
+    torch.bfloat16: {"relative error": 1e-3, "d hidden off": 1e-2, "d weight off": 1e-2},
+}
+PEER_LIMITS = {
+    "relative error": 0.25, "error of the sum": 0.05, "d hidden off": 0.1, "d weight off": 0.1,
+}  # fmt: skip
+Heads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Divergence(NamedTuple):
+    name: str
+    value: Callable[..., Tensor]  # of the heads: [N], or where it can give no more, a sum
+    gemms: int
+    upstream: str = "any"
+    ours: bool = False
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Heads:
@@ -47,18 +63,24 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Heads:
     return hidden.requires_grad_(), weight.requires_grad_(), *near
 
 
-def methods(kind: str) -> dict[str, tuple[int, Callable[..., torch.Tensor]]]:
-    """name -> (vocabulary GEMMs, function of the heads that gives the divergence [N], or its sum
-    where the method can give no more)."""
-    return {
-        "prefuse stash": (4, partial(linear_divergence, kind=kind, mode="stash")),
-        "prefuse recompute": (6, partial(linear_divergence, kind=kind, mode="recompute")),
-        "naive logits": (4, partial(_naive, BETAS[kind])),
-        **peers(kind),
-    }
+def divergences(kind: str, size: str) -> list[Divergence]:
+    plain = partial(_naive, BETAS[kind])
+    found = [
+        Divergence("prefuse stash", partial(linear_divergence, kind=kind, mode="stash"), 4),
+        Divergence("prefuse recompute", partial(linear_divergence, kind=kind, mode="recompute"), 6),
+    ]
+    found = [x._replace(ours=True) for x in found]
+    found.append(Divergence("naive logits", plain, 4))
+    if size == "cuda" and kind == "forward_kl":
+        found.append(Divergence("torch.compile of it", torch.compile(plain, dynamic=False), 4))
+    if importlib.util.find_spec("trl"):
+        found.append(Divergence("TRL chunked", _trl(BETAS[kind]), 8 if kind == "jsd" else 6))
+    if importlib.util.find_spec("liger_kernel"):
+        found.append(Divergence("Liger, sum only", _liger(BETAS[kind]), 4, "ones"))
+    return found
 
 
-def _naive(beta: float, hidden, weight, teacher_hidden, teacher_weight) -> torch.Tensor:
+def _naive(beta: float, hidden, weight, teacher_hidden, teacher_weight) -> Tensor:
     logp = F.log_softmax((hidden @ weight.t()).float(), -1)
     with torch.no_grad():
         teacher_logp = F.log_softmax((teacher_hidden @ teacher_weight.t()).float(), -1)
@@ -74,98 +96,102 @@ def _naive(beta: float, hidden, weight, teacher_hidden, teacher_weight) -> torch
     return 0.5 * (student + teacher)
 
 
-def peers(kind: str) -> dict[str, tuple[int, Callable[..., torch.Tensor]]]:
-    """As `methods`: the fused divergences of the packages installed that run on this device."""
-    found = {}
-    beta = BETAS[kind]
-    with contextlib.suppress(ImportError):
+def _trl(beta: float) -> Callable[..., Tensor]:
+    def value(hidden, weight, teacher_hidden, teacher_weight):
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-        def trl(hidden, weight, teacher_hidden, teacher_weight):
-            heads = (hidden, weight, None, teacher_hidden, teacher_weight, None)
-            return ChunkedDivergenceFunction.apply(*heads, beta)[0]
+        heads = (hidden, weight, None, teacher_hidden, teacher_weight, None)
+        return ChunkedDivergenceFunction.apply(*heads, beta)[0]
 
-        found["TRL chunked"] = (8 if kind == "jsd" else 6, trl)
-    with contextlib.suppress(ImportError):
+    return value
+
+
+def _liger(beta: float) -> Callable[..., Tensor]:
+    def value(hidden, weight, teacher_hidden, teacher_weight):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta, compiled=device().type == "cuda")
+        targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        total: Any = loss(hidden, weight, teacher_hidden, teacher_weight, targets)
+        return total * len(hidden)
 
-        def liger(hidden, weight, teacher_hidden, teacher_weight):
-            targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-            total = loss(hidden, weight, teacher_hidden, teacher_weight, targets)
-            return total * len(hidden)
+    return value
 
-        found["Liger, sum only"] = (4, liger)
+
+def exact_of(kind: str, heads: Heads, upstreams: dict[str, Tensor]) -> Exact:
+    hidden, weight, teacher_hidden, teacher_weight = heads
+    teacher = teacher_weight.double()
+
+    def value(logits: Tensor, part: slice) -> Tensor:
+        other = teacher_hidden[part].double() @ teacher.t()
+        return reference(logits, other, kind="jsd", beta=BETAS[kind])
+
+    targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    return exact_head(value, hidden, weight, targets, upstreams)
+
+
+def run(divergence: Divergence, heads: Heads, upstream: Tensor) -> tuple:
+    value = divergence.value(*heads)
+    given = upstream if value.dim() else None
+    return value.detach(), *torch.autograd.grad(value, heads[:2], given)
+
+
+def errors(exact: Exact, upstream: str, out: tuple) -> dict[str, float]:
+    return head_errors(exact, upstream, *out, relative=True)
+
+
+def methods(size: str, shape: tuple[int, int, int], kind: str) -> list[Method]:
+    dtype = dtype_of()
+    heads = inputs(shape, dtype)
+    factors = torch.randn(shape[0], device=device())
+    upstreams = {"any": factors, "ones": torch.ones_like(factors)}
+    exact = exact_of(kind, heads, upstreams)
+    gemm = 2.0 * shape[0] * shape[1] * shape[2]
+    return [
+        Method(
+            x.name, partial(run, x, heads, factors), partial(errors, exact, x.upstream),
+            LIMITS[dtype] if x.ours else PEER_LIMITS, x.ours, flops=x.gemms * gemm,
+            floor_flops=x.gemms * gemm if x.ours else None,
+            columns={"token gradients": x.upstream},
+        )
+        for x in divergences(kind, size)
+    ]  # fmt: skip
+
+
+def dtype_of() -> torch.dtype:
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def cases(size: str) -> list[Case]:
+    found = []
+    for n, h, v in SHAPES[size]:
+        # the two KLs cost the same
+        for kind in ("forward_kl", "jsd") if v == 151936 or size == "tiny" else ("forward_kl",):
+            columns: dict[str, Any] = {"kind": kind, "N": n, "H": h, "V": v}
+            columns["dtype"] = str(dtype_of()).removeprefix("torch.")
+            make = partial(methods, size, (n, h, v), kind)
+            flops = 4 * 2.0 * n * h * v
+            found.append(Case(f"{kind} H={h}", make, columns, flops))
     return found
 
 
-def step(function, hidden, weight, *teacher) -> None:
-    hidden.grad = weight.grad = None
-    function(hidden, weight, *teacher).sum().backward()
-
-
-def rows() -> list[dict]:
-    """Forward and backward of each method on each shape; the error is relative, of the worst of 16
-    tokens, against float64."""
-    limit = ceilings()["tflops"]
-    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-    out = []
-    for shape in SHAPES[device().type]:
-        n, h, v = shape
-        heads = inputs(shape, dtype)
-        # the two KLs cost the same
-        kinds = ("forward_kl", "jsd") if shape == SHAPES[device().type][-1] else ("forward_kl",)
-        logits = [
-            torch.cat(
-                [x[:16].detach().double() @ w.double().t() for w in weight.detach().split(8192)], 1
-            )
-            for x, weight in (heads[:2], heads[2:])
-        ]
-        for kind in kinds:
-            exact = reference(*logits, kind="jsd", beta=BETAS[kind])
-            found = methods(kind)
-            times = in_turns({k: partial(step, f, *heads) for k, (_, f) in found.items()}, 3)
-            for name, (gemms, function) in found.items():
-                value = function(*heads).detach()
-                error = float((value[:16] / exact - 1).abs().max()) if value.dim() else None
-                del value
-                ms = times[name]
-                tflops = gemms * 2 * n * h * v / ms / 1e9
-                out.append(
-                    {
-                        "kind": kind,
-                        "method": name,
-                        "N": n,
-                        "H": h,
-                        "V": v,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "ms": ms,
-                        "TFLOP/s": tflops,
-                        "% of matmul": 100 * tflops / limit,
-                        "relative error": error,
-                    }
-                )
-    return out
-
-
 def memory_case(name: str, shape: tuple[int, int, int]) -> float:
-    """MB at the peak of one step beyond its inputs, outputs and gradients."""
+    """MB at the peak of one step beyond its inputs and gradients."""
     heads = inputs(shape, torch.float32)
-    function = methods("jsd")[name][1]
+    function = next(x for x in divergences("jsd", "tiny") if x.name == name).value
     warm = [x[:256].detach() for x in heads]
     for leaf in warm[:2]:
         leaf.requires_grad_()
     function(*warm).sum().backward()  # the libraries' own buffers
     before = reset_peak_memory()
-    step(function, *heads)
+    function(*heads).sum().backward()
     gradients = sum(x.numel() * x.element_size() for x in heads[:2]) / 1e6
     return peak_memory_mb() - before - gradients - 4 * shape[0] / 1e6
 
 
 def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
     out = []
-    for name in methods("jsd"):
+    for name in (x.name for x in divergences("jsd", "tiny")):
         extra = extra_mb(__file__, name, shape)
         n, h, v = shape
         case = {"kind": "jsd", "method": name, "N": n, "H": h, "V": v, "dtype": "float32"}
@@ -174,4 +200,7 @@ def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
 
 
 if __name__ == "__main__":
-    with_memory(__doc__, rows, memory_rows, memory_case, MEMORY_SHAPE)
+    main(
+        __doc__, cases,
+        SimpleNamespace(rows=memory_rows, case=memory_case, shape=MEMORY_SHAPE),
+    )  # fmt: skip

@@ -1,38 +1,64 @@
-"""The fused head: time, TFLOP/s and peak memory, beside naive logits and the peers installed.
+"""The fused head: time, TFLOP/s, error and peak memory, beside naive logits and other heads.
 
-python benchmarks/bench_linear_logp.py            time
+python benchmarks/bench_linear_logp.py            time and error
 python benchmarks/bench_linear_logp.py --memory   peak memory, one process a case
+
+Passes: forward + backward, with another random factor for every token; forward alone, without
+gradients; forward + backward with a frozen weight. "weight" is its dtype, and so d weight's: with
+bfloat16 hidden states a float32 weight holds bfloat16 values, so that all methods compute the same
+function, and is cast on the way. "token gradients" says which factors a method can have: heads with
+losses of their own are measured with those they can.
+
+The floor is three vocabulary GEMMs at the measured rate, two with a frozen weight, one forward;
+four for the mode that recomputes.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from common import (
-    ceilings,
-    device,
-    extra_mb,
-    in_turns,
-    peak_memory_mb,
-    reset_peak_memory,
-    with_memory,
-)
+from common import device, extra_mb, peak_memory_mb, reset_peak_memory
+from exact import Exact, exact_logp, head_errors
+from head_peers import Head, naive, peers, per_sequence
+from measure import Case, Method, main
+from torch import Tensor
 
-from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, reference
+from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
 
-# (N, H, V): a small model with GPT-2's vocabulary, then Qwen2-0.5B's and an 8B model's head
+# (N, H, V): a small model with GPT-2's vocabulary, Qwen2-0.5B's head, an 8B model's head
 SHAPES = {
+    "tiny": [(64, 64, 512)],
     "cpu": [(1024, 384, 50257), (1024, 896, 151936)],
-    "cuda": [(8192, 896, 151936), (8192, 4096, 128256), (16384, 4096, 128256)],
+    "cuda": [(8192, 4096, 128256), (8192, 896, 151936)],
 }
 MEMORY_SHAPE = (4096, 896, 151936)
+BOTH, FORWARD, FROZEN = "forward + backward", "forward", "frozen weight"
+# of log-probs of float32 sums, of gradients rounded once; for peers: is it this function at all?
+LIMITS = {
+    torch.float32: {"max error": 2e-5, "d hidden off": 1e-4, "d weight off": 1e-4},
+    torch.bfloat16: {"max error": 1e-4, "d hidden off": 1e-2, "d weight off": 1e-2},
+}
+PEER_LIMITS = {
+    "max error": 0.25,
+    "error of the sum": 0.01,
+    "d hidden off": 0.1,
+    "d weight off": 0.1,
+}
 
 
-def inputs(shape: tuple[int, int, int], dtype: torch.dtype):
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weights: dict[str, Tensor]  # "same" dtype as hidden, "float32"
+    targets: Tensor
+    upstream: Tensor  # a factor per token
+    exact: Exact
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     n, h, v = shape
     torch.manual_seed(0)
     hidden = torch.randn(n, h, device=device(), dtype=dtype).requires_grad_()
@@ -40,109 +66,127 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype):
     return hidden, weight, torch.randint(v, (n,), device=device())
 
 
-def methods() -> dict:
-    """name -> (vocabulary GEMMs, function of hidden, weight, targets that gives logp [N], or its
-    sum where the method can give no more)."""
-
-    def mode(name):
-        return lambda h, w, y: linear_logp(h, w, y, mode=name).logp
-
+def upstreams(factors: Tensor) -> dict[str, Tensor]:
     return {
-        "prefuse stash": (3, mode("stash")),
-        "prefuse recompute": (4, mode("recompute")),
-        "prefuse token loss": (3, lambda h, w, y: -linear_token_loss(h, w, y, _nll)[0]),
-        "naive logits": (
-            3,
-            lambda h, w, y: -F.cross_entropy((h @ w.t()).float(), y, reduction="none"),
-        ),
-        **peers(),
+        "any": factors,
+        "ones": torch.ones_like(factors),
+        "per sequence": per_sequence(factors),
     }
 
 
-def _nll(stats):
-    return -stats.logp
+def checked_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Inputs:
+    hidden, weight, targets = inputs(shape, dtype)
+    factors = torch.randn(len(targets), device=targets.device)
+    exact = exact_logp(hidden, weight, targets, upstreams(factors))
+    weights = {"same": weight}
+    if dtype != torch.float32:
+        weights["float32"] = weight.detach().float().requires_grad_()
+    return Inputs(hidden, weights, targets, factors, exact)
 
 
-def peers() -> dict:
-    """As `methods`: the fused heads of the packages installed that run on this device."""
-    found = {}
-    with contextlib.suppress(ImportError):
-        from trl.kernels import ChunkedLogProbFunction
+def ours() -> list[Head]:
+    def mode(name: str) -> Callable[..., Tensor]:
+        return lambda h, w, y, _: linear_logp(h, w, y, mode=name).logp
 
-        found["TRL fused head"] = (
-            4,
-            lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ())[
-                0
-            ],
-        )
-    if device().type != "cuda":
-        return found
-    with contextlib.suppress(ImportError):
-        from cut_cross_entropy import linear_cross_entropy
+    def token_loss(h, w, y, factors):
+        return linear_token_loss(h, w, y, lambda stats, c: c * stats.logp, factors)[0].sum()
 
-        found["CCE, unfiltered"] = (
-            4,
-            lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none", filter_eps=None),
-        )
-        found["CCE"] = (4, lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none"))
-    with contextlib.suppress(ImportError):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    every = ("float32", "same")
+    return [
+        Head("prefuse stash", mode("stash"), 3, 2, weights=every, ours=True),
+        Head("prefuse recompute", mode("recompute"), 4, 3, weights=every, ours=True, forward=False),
+        Head("prefuse token loss", token_loss, 3, 2, "any, given", every, ours=True, forward=False),
+    ]
 
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["Liger, sum only"] = (3, lambda h, w, y: -liger(w, h, y))
+
+def run(head: Head, x: Inputs, weight: Tensor, leaves: tuple[Tensor, ...]) -> tuple:
+    """The value, and the gradients of the leaves."""
+    value = head.logp(x.hidden, weight, x.targets, x.upstream)
+    if not leaves:
+        return (value,)
+    given = x.upstream if value.dim() else None
+    return value.detach(), *torch.autograd.grad(value, leaves, given)
+
+
+def errors(head: Head, x: Inputs, out: tuple) -> dict[str, float]:
+    value, d_hidden, d_weight = (*out, None, None)[:3]
+    upstream = {"any, given": "any"}.get(head.upstream, head.upstream)
+    told = value if head.upstream in ("any", "ones") else None  # else it is a loss of its own
+    return head_errors(x.exact, upstream, told, d_hidden, d_weight)
+
+
+def method(head: Head, x: Inputs, kind: str, what: str, shape: tuple[int, int, int]) -> Method:
+    weight = x.weights[kind]
+    if what == FROZEN:
+        weight = weight.detach()
+    leaves = {BOTH: (x.hidden, weight), FORWARD: (), FROZEN: (x.hidden,)}[what]
+    once = partial(run, head, x, weight, leaves)
+    if what == FORWARD:
+        once = torch.no_grad()(once)
+    gemms = {BOTH: head.gemms, FORWARD: 1, FROZEN: head.frozen_gemms}[what]
+    gemm = 2.0 * shape[0] * shape[1] * shape[2]
+    columns = {"weight": str(weight.dtype).removeprefix("torch.")}
+    if what != FORWARD:
+        columns["token gradients"] = head.upstream
+    again = head.ours and "recompute" in head.name
+    return Method(
+        head.name, once, partial(errors, head, x),
+        LIMITS[x.hidden.dtype] if head.ours else PEER_LIMITS,
+        head.ours, flops=gemms * gemm, floor_flops=gemms * gemm if again else None,
+        columns=columns,
+    )  # fmt: skip
+
+
+def head_methods(size: str, shape: tuple[int, int, int], what: str) -> list[Method]:
+    x = checked_inputs(shape, dtype_of())
+    found = []
+    for head in ours() + peers(size):
+        if (what == FROZEN and not (head.frozen and head.frozen_gemms)) or (
+            what == FORWARD and not head.forward
+        ):
+            continue
+        # float32 is for the gradient's sake
+        kinds = [kind for kind in head.weights if kind in x.weights] if what == BOTH else ["same"]
+        found += [method(head, x, kind, what, shape) for kind in kinds]
     return found
 
 
-def step(function, hidden, weight, targets) -> None:
-    hidden.grad = weight.grad = None
-    function(hidden, weight, targets).sum().backward()
+def dtype_of() -> torch.dtype:
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
-def rows() -> list[dict]:
-    """Forward and backward of each method on each shape; the error of logp is absolute, in nats,
-    against float64, over 64 tokens."""
-    limit = ceilings()["tflops"]
-    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-    out = []
-    for shape in SHAPES[device().type]:
-        n, h, v = shape
-        hidden, weight, targets = inputs(shape, dtype)
-        exact = reference(hidden[:64].detach().double(), weight.detach().double(), targets[:64])
-        found = methods()
-        runs: dict[str, Callable[[], object]] = {
-            k: partial(step, f, hidden, weight, targets) for k, (_, f) in found.items()
-        }
-        times = in_turns(runs)
-        for name, (gemms, function) in found.items():
-            logp = function(hidden, weight, targets).detach()
-            error = float((logp[:64] - exact.logp).abs().max()) if logp.dim() else None
-            ms = times[name]
-            tflops = gemms * 2 * n * h * v / ms / 1e9
-            out.append(
-                {
-                    "op": "linear_logp",
-                    "method": name,
-                    "N": n,
-                    "H": h,
-                    "V": v,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "ms": ms,
-                    "TFLOP/s": tflops,
-                    "% of matmul": 100 * tflops / limit,
-                    "max error": error,
-                }
-            )
-    return out
+def cases(size: str) -> list[Case]:
+    found = []
+    shapes = SHAPES[size]
+    for what, gemms in ((BOTH, 3), (FORWARD, 1), (FROZEN, 2)):
+        for n, h, v in shapes if what == BOTH else shapes[:1]:
+            columns: dict[str, Any] = {"op": "linear_logp", "pass": what}
+            columns |= {"N": n, "H": h, "V": v}
+            columns["dtype"] = str(dtype_of()).removeprefix("torch.")
+            make = partial(head_methods, size, (n, h, v), what)
+            gemm = 2.0 * n * h * v
+            weight = 2.0 if what == BOTH else 1.0
+            found.append(Case(f"{what} H={h}", make, columns, gemms * gemm, weight=weight))
+    return found
+
+
+def memory_methods() -> dict[str, Head]:
+    fused = [head for head in peers("tiny") if head.name == "TRL fused head"]
+    heads = [*ours(), Head("naive logits", naive, 3), *fused]
+    return {head.name: head for head in heads}
 
 
 def memory_case(name: str, shape: tuple[int, int, int]) -> float:
     """MB at the peak of one step beyond its inputs, outputs and gradients."""
     hidden, weight, targets = inputs(shape, torch.float32)
-    function = methods()[name][1]
-    warm = [x[:256].detach().requires_grad_() for x in (hidden, weight)]
-    function(*warm, targets[:256] % 256).sum().backward()  # the libraries' own buffers
+    factors = torch.ones(len(targets), device=hidden.device)
+    head = memory_methods()[name]
+    warm, small = (x[:256].detach().requires_grad_() for x in (hidden, weight))
+    # the libraries' own buffers
+    head.logp(warm, small, targets[:256] % len(small), factors[:256]).sum().backward()
+    del warm, small
     before = reset_peak_memory()
-    step(function, hidden, weight, targets)
+    head.logp(hidden, weight, targets, factors).sum().backward()
     gradients = sum(x.numel() * x.element_size() for x in (hidden, weight)) / 1e6
     outputs = 4 * len(targets) / 1e6
     return peak_memory_mb() - before - gradients - outputs
@@ -150,7 +194,7 @@ def memory_case(name: str, shape: tuple[int, int, int]) -> float:
 
 def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
     out = []
-    for name in methods():
+    for name in memory_methods():
         extra = extra_mb(__file__, name, shape)
         n, h, v = shape
         out.append({"method": name, "N": n, "H": h, "V": v, "dtype": "float32", "extra MB": extra})
@@ -158,4 +202,7 @@ def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
 
 
 if __name__ == "__main__":
-    with_memory(__doc__, rows, memory_rows, memory_case, MEMORY_SHAPE)
+    main(
+        __doc__, cases,
+        SimpleNamespace(rows=memory_rows, case=memory_case, shape=MEMORY_SHAPE),
+    )  # fmt: skip

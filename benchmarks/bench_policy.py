@@ -2,25 +2,32 @@
 TRL's trainer writes it), under torch.compile, and Liger's.
 
 Bytes counted: log pi, log pi_old, A and the mask read, the loss and the gradient written; the KL
-penalty reads log pi_ref too.
+penalty reads log pi_ref too. On a GPU "ms" is the time on the device, of replayed CUDA graphs over
+inputs that together exceed its L2; "call ms" that of single calls, "wall ms" from call to call.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, device, machine, milliseconds, table
+from common import device
+from exact import most_off
+from measure import Case, Method, main
 from torch import Tensor
 
 from prefuse.kernels.policy import policy_loss
 
-SHAPE = (1024, 1024)
+SHAPES = {"tiny": (8, 64), "cpu": (1024, 1024), "cuda": (1024, 1024)}
 BETA = 0.04
-CASES = [("ppo", False), ("ppo", True), ("grpo", True), ("gspo", True), ("cispo", False)]
+SETS = 8  # of inputs, 21 MB each or more
+CASES = [("ppo", False), ("grpo", True), ("ppo", True), ("gspo", True), ("cispo", False)]
+COMPILED_ON_A_GPU = CASES[:2]  # a compilation takes as long as everything else
+LIMITS = {"relative error of loss": 1e-4, "of gradient": 1e-4}
+PEER_LIMITS = {"relative error of loss": 1e-2, "of gradient": 1e-2}
 
 
 def eager(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tensor:
@@ -69,62 +76,69 @@ def liger(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tens
     )[0]
 
 
-def methods() -> dict[str, Callable[..., Tensor]]:
+def inputs(size: str, loss_type: str, with_kl: bool) -> tuple:
+    shape, dev = SHAPES[size], device()
+    logp, old, ref = (-torch.rand(shape, device=dev) for _ in range(3))
+    advantages = torch.randn(shape[0], 1, device=dev)
+    mask = torch.rand(shape, device=dev) < 0.9
+    return loss_type, logp.requires_grad_(), old, ref, advantages, mask, BETA * with_kl
+
+
+def losses(size: str, loss_type: str, with_kl: bool) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {"prefuse": ours, "eager (TRL's formula)": eager}
-    found["torch.compile of it"] = torch.compile(eager, dynamic=False)
-    try:
-        import liger_kernel  # noqa: F401
-    except ImportError:
-        return found
-    return found | {"Liger": liger}
+    if size == "cpu" or (size == "cuda" and (loss_type, with_kl) in COMPILED_ON_A_GPU):
+        found["torch.compile of it"] = torch.compile(eager, dynamic=False)
+    if importlib.util.find_spec("liger_kernel"):
+        found["Liger"] = liger
+    return found
 
 
-def rows() -> list[dict]:
-    dev = device()
-    limit = ceilings()["gbps"]
+def run(loss: Callable[..., Tensor], given: tuple) -> tuple[Tensor, Tensor]:
+    value = loss(*given)
+    return value.detach(), torch.autograd.grad(value, given[1])[0]
+
+
+def errors(exact: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> dict[str, float]:
+    (loss, gradient), (wanted, slope) = out, exact
+    return {
+        "relative error of loss": float((loss - wanted).abs() / wanted.abs()),
+        "of gradient": most_off(gradient, slope) / float(slope.abs().max()),
+    }
+
+
+def methods(size: str, loss_type: str, with_kl: bool) -> list[Method]:
     torch.manual_seed(0)
-    logp, old, ref = (-torch.rand(SHAPE, device=dev) for _ in range(3))
-    advantages = torch.randn(SHAPE[0], 1, device=dev)
-    mask = torch.rand(SHAPE, device=dev) < 0.9
-    out = []
+    sets = SETS if device().type == "cuda" else 1
+    given = [inputs(size, loss_type, with_kl) for _ in range(sets)]
+    double: Any = [
+        x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given[0]
+    ]
+    loss = eager(*double)
+    exact = loss.detach(), torch.autograd.grad(loss, double[1])[0]
+    return [
+        Method(
+            name,
+            partial(run, method, given[0]),
+            partial(errors, exact),
+            LIMITS if name == "prefuse" else PEER_LIMITS,
+            name == "prefuse",
+            copies=tuple(partial(run, method, other) for other in given[1:]),
+        )
+        for name, method in losses(size, loss_type, with_kl).items()
+    ]
+
+
+def cases(size: str) -> list[Case]:
+    found = []
+    rows, length = SHAPES[size]
     for loss_type, with_kl in CASES:
-        given = (loss_type, logp.requires_grad_(), old, ref, advantages, mask, BETA * with_kl)
-        double: Any = [x.double() if torch.is_tensor(x) and x is not mask else x for x in given]
-        loss = eager(*double)
-        exact, (wanted,) = loss.detach(), torch.autograd.grad(loss, logp)
-        moved = logp.numel() * (21 + 12 + 4 * with_kl)
-        for name, method in methods().items():
-            try:
-                run = partial(_step, method, given)
-                loss, grad = run()
-            except Exception as error:  # no compiler on the machine, a peer that refuses
-                out.append(
-                    {"loss": loss_type, "KL": with_kl, "method": name, "error": repr(error)[:80]}
-                )
-                continue
-            off = (grad - wanted).abs().max() / wanted.abs().max()
-            ms = milliseconds(run)
-            out.append(
-                {
-                    "loss": loss_type,
-                    "KL": with_kl,
-                    "method": name,
-                    "tokens": logp.numel(),
-                    "ms": ms,
-                    "GB/s": moved / ms / 1e6,
-                    "% of copy": 100 * moved / ms / 1e6 / limit,
-                    "relative error of loss": float((loss - exact).abs() / exact.abs()),
-                    "of gradient": float(off),
-                }
-            )
-    return out
-
-
-def _step(method: Callable[..., Tensor], given: tuple) -> tuple[Tensor, Tensor]:
-    loss = method(*given)
-    return loss.detach(), torch.autograd.grad(loss, given[1])[0]
+        columns: dict[str, Any] = {"loss": loss_type, "KL": with_kl, "tokens": rows * length}
+        moved = float(rows * length * (21 + 4 * with_kl))
+        name = f"{loss_type}{' with KL' if with_kl else ''}"
+        make = partial(methods, size, loss_type, with_kl)
+        found.append(Case(name, make, columns, bytes=moved, short=True))
+    return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(machine()))
-    print(table(rows()))
+    main(__doc__, cases)

@@ -1,57 +1,22 @@
-"""What every benchmark shares: the clock, the ceilings, the description of the machine, tables."""
+"""What every benchmark shares: the ceilings, the description of the machine, memory, tables."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
+from timing import in_turns as in_turns  # for other benchmarks
+from timing import timed
 
 ROOT = Path(__file__).parents[1]
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def milliseconds(run: Callable[[], object], seconds: float = 1.0) -> float:
-    """Median time of `run` after a warm-up, on whatever device it runs."""
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        ms: Any = do_bench(run, warmup=100, rep=int(seconds * 1000), return_mode="median")
-        return ms
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1000)
-    return sorted(times)[len(times) // 2]
-
-
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Median milliseconds of each, measured in turn: a machine that slows down for a minute slows
-    all of them."""
-    if torch.cuda.is_available():
-        return {name: milliseconds(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first is a warm-up
-                times[name].append((time.perf_counter() - start) * 1000)
-    return {name: sorted(found)[rounds // 2] for name, found in times.items()}
 
 
 def machine() -> dict[str, object]:
@@ -115,18 +80,28 @@ def _resident(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux")
 
 
-@cache
+CEILINGS: dict[str, float] = {}  # what run.py measured once for all of its processes
+
+
 def ceilings() -> dict[str, float]:
     """Measured limits of this machine: GB/s of a large copy, TFLOP/s of a large matrix product."""
+    if not CEILINGS:
+        CEILINGS.update(_measured_ceilings())
+    return CEILINGS
+
+
+def _measured_ceilings() -> dict[str, float]:
     dev = device()
-    size = 1 << (28 if dev.type == "cuda" else 25)
+    size = 1 << (30 if dev.type == "cuda" else 25)
     source = torch.randn(size, device=dev)
     target = torch.empty_like(source)
-    copy_ms = milliseconds(lambda: target.copy_(source))
     dtype, n = (torch.bfloat16, 8192) if dev.type == "cuda" else (torch.float32, 2048)
     a, b = (torch.randn(n, n, device=dev, dtype=dtype) for _ in range(2))
-    matmul_ms = milliseconds(lambda: a @ b)
-    return {"gbps": 8 * size / copy_ms / 1e6, "tflops": 2 * n**3 / matmul_ms / 1e9}
+    times = timed({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 2.0)
+    return {
+        "gbps": 8 * size / times["copy"].ms / 1e6,
+        "tflops": 2 * n**3 / times["matmul"].ms / 1e9,
+    }
 
 
 def table(rows: list[dict]) -> str:
@@ -143,7 +118,7 @@ def _cell(value: object) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if not abs(value) >= 1000 else f"{value:.0f}"
 
 
 def publish(title: str, info: dict[str, object], rows: list[dict], output: Path | None) -> None:
@@ -157,21 +132,6 @@ def publish(title: str, info: dict[str, object], rows: list[dict], output: Path 
         result = {"machine": info, "results": rows}
         output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         output.with_suffix(".md").write_text(text + "\n")
-
-
-def with_memory(about, rows, memory_rows, memory_case, shape: tuple[int, int, int]) -> None:
-    """A benchmark's own command: its rows, or with --memory those of memory, each in a process of
-    its own, which is asked for with --case."""
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=3, default=shape, metavar=("N", "H", "V"))
-    args = parser.parse_args()
-    if args.case:
-        print(memory_case(args.case, tuple(args.shape)))
-        return
-    print(json.dumps(machine()))
-    print(table(memory_rows(tuple(args.shape)) if args.memory else rows()))
 
 
 def extra_mb(script: str, case: str, shape: tuple[int, ...]) -> float:

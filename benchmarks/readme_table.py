@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import readme_gpu
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = "kernels-amd-epyc-2-threads"
+BOTH = "forward + backward"
 HEAD = "| on 2 threads of an AMD EPYC, float32 | prefuse | plain PyTorch | TRL 1.16 |"
 
 
@@ -29,15 +32,21 @@ class Cell(NamedTuple):
 
     def read(self) -> float:
         rows = json.loads((RESULTS / f"{self.file}.json").read_text())["results"]
-        rows = rows[self.section] if self.section else rows
+        rows = [_as_now(row) for row in (rows[self.section] if self.section else rows)]
         found = [r for r in rows if all(r.get(k) == v for k, v in self.where.items())]
         if len(found) != 1:
             raise SystemExit(f"{self}: wanted one such row; got {len(found)}")
         return found[0][self.number]
 
 
+def _as_now(row: dict[str, Any]) -> dict[str, Any]:
+    """Rows of files from before every pass had a row of its own."""
+    old = {"ms": row[f"{BOTH} ms"]} if f"{BOTH} ms" in row else {}
+    return {"pass": BOTH, **old, **row}
+
+
 def head(method: str, number: str = "ms", section: str = "linear_logp", **where) -> Cell:
-    return Cell(KERNELS, section, number, {"method": method, **where})
+    return Cell(KERNELS, section, number, {"method": method, "pass": BOTH, **where})
 
 
 def step(trainer: str, stands: str) -> Cell:
@@ -47,6 +56,10 @@ def step(trainer: str, stands: str) -> Cell:
 
 def kernel(section: str, impl: str, number: str = "ms", **where) -> Cell:
     return Cell(KERNELS, section, number, {"impl": impl, **where})
+
+
+def logits(impl: str) -> Cell:
+    return kernel("logp", impl, **{"pass": BOTH})
 
 
 def policy(method: str) -> Cell:
@@ -77,7 +90,6 @@ def power(x: float) -> str:
 SMALL: dict[str, Any] = dict(H=384, V=50257)
 LARGE: dict[str, Any] = dict(H=896, V=151936)
 GAE: dict[str, Any] = dict(op="gae", sequences=64)
-BOTH = "forward + backward ms"
 MEMORY = ("extra MB", "linear_logp: peak memory")
 # what, its numbers' form, ours, plain PyTorch's, TRL's
 Row = tuple[str, Callable[[float], str], Cell, Cell | None, Cell | None]
@@ -127,7 +139,7 @@ ROWS: list[Row] = [
     ),
     (
         "log-probs of existing logits, forward + backward, 1024 x 50257: ms",
-        whole, kernel("logp", "cpu", BOTH), kernel("logp", "reference", BOTH), None,
+        whole, logits("cpu"), logits("reference"), None,
     ),
     (
         "PPO loss of 1M tokens, forward + backward: ms",
@@ -141,22 +153,37 @@ ROWS: list[Row] = [
 
 
 def table() -> str:
+    """That of the CPU, and that of a GPU below it, if there is a result of one."""
     lines = [HEAD, "|---|---|---|---|"]
     for what, form, ours, *others in ROWS:
         cells = ["" if cell is None else form(cell.read()) for cell in others]
         lines.append(f"| {what} | **{form(ours.read())}** | {cells[0]} | {cells[1]} |")
     apart, shared = (whole(groups(layout).read()) for layout in ("packed", "shared prompts"))
     what = f"groups of 8 that share their prompt, GSM8K: tokens/s (ours, packed apart: {apart})"
-    return "\n".join([*lines, f"| {what} | **{shared}** | | |"])
+    lines.append(f"| {what} | **{shared}** | | |")
+    gpus = [readme_gpu.table(json.loads(path.read_text())) for path in readme_gpu.files(RESULTS)]
+    return "\n\n".join(["\n".join(lines), *gpus])
+
+
+def _blocks(readme: str) -> list[str]:
+    heads = [re.escape(HEAD), rf"{re.escape(readme_gpu.HEAD)}.*"]
+    return [m[0].strip() for h in heads for m in re.finditer(rf"{h}\n(\|.*\n)+", readme)]
 
 
 def in_readme() -> str:
-    found = re.search(rf"{re.escape(HEAD)}\n(\|.*\n)+", (ROOT / "README.md").read_text())
-    return found[0].strip() if found else ""
+    return "\n\n".join(_blocks((ROOT / "README.md").read_text()))
+
+
+def written(readme: str) -> str:
+    """The README with the tables of now, where the first of them stands."""
+    first, *others = _blocks(readme)
+    for block in others:
+        readme = readme.replace(f"\n\n{block}", "")
+    return readme.replace(first, table())
 
 
 if __name__ == "__main__":
     print(table())
     if "--write" in sys.argv:
-        readme = ROOT / "README.md"
-        readme.write_text(readme.read_text().replace(in_readme(), table()))
+        path = ROOT / "README.md"
+        path.write_text(written(path.read_text()))

@@ -1,0 +1,212 @@
+"""What the kernels and the trainer must reach on an H200, and whether a result file reaches it.
+
+python benchmarks/targets.py benchmarks/results/kernels-nvidia-h200.json
+
+Floors are those of 790 TFLOP/s of bfloat16 products and 4.3 TB/s of copies; a result has its own
+ceilings and floors in its rows. A row with an error, or with a wrong result, reaches nothing. On
+another device nothing is judged.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DEVICE = "H200"
+NOT_PEERS = ("prefuse", "naive logits", "torch.compile", "eager")
+Results = dict[str, list[dict[str, Any]]]
+
+
+class Target(NamedTuple):
+    what: str
+    measured: Callable[[Results], float | None]
+    must: float
+    unit: str
+    floor: float | None = None
+    at_least: bool = False  # else at most
+
+
+def rows(results: Results, section: str, ours: bool | None = None, **where: Any) -> list[dict]:
+    """The sound rows of a section with these values; `ours`: only those of prefuse, or of peers."""
+    found = []
+    for row in results.get(section, []):
+        if "error" in row or "wrong" in row or "failed" in row:
+            continue
+        if any(row.get(name) != value for name, value in where.items()):
+            continue
+        name = str(row.get("method", row.get("impl", "")))
+        if ours is True and not (name.startswith("prefuse") or "impl" in row and _is_impl(name)):
+            continue
+        if ours is False and name.startswith(NOT_PEERS):
+            continue
+        found.append(row)
+    return found
+
+
+def _is_impl(name: str) -> bool:
+    return name.split(",")[0] in ("cuda", "triton", "cpu", "torch")
+
+
+def least(found: Iterable[dict], number: str = "ms") -> float | None:
+    return min((row[number] for row in found if number in row), default=None)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def of(section: str, number: str = "ms", **where: Any) -> Callable[[Results], float | None]:
+    return lambda results: least(rows(results, section, ours=True, **where), number)
+
+
+LARGE: dict[str, Any] = dict(N=8192, H=4096, V=128256)
+SMALL: dict[str, Any] = dict(N=8192, H=896, V=151936)
+BOTH = "forward + backward"
+STASH: dict[str, Any] = dict(method="prefuse stash", weight="float32")
+RECOMPUTE: dict[str, Any] = dict(method="prefuse recompute", weight="float32")
+
+
+def faster_than_peers(results: Results) -> float | None:
+    """Than the best of those that give every token a gradient of its own."""
+    case: dict[str, Any] = {"pass": BOTH, **LARGE}
+    case_of_peers: dict[str, Any] = {"token gradients": "any", **case}
+    peers = rows(results, "linear_logp", ours=False, **case_of_peers)
+    return ratio(least(peers), least(rows(results, "linear_logp", **STASH, **case)))
+
+
+def ragged_per_token(results: Results) -> float | None:
+    def per_token(**where: Any) -> float | None:
+        found = rows(results, "advantage", ours=True, **where)
+        return min((row["ms"] / row["tokens"] for row in found), default=None)
+
+    return ratio(per_token(op="ragged gae"), per_token(op="gae", sequences=1024))
+
+
+def faster_than_eager(results: Results) -> float | None:
+    case: dict[str, Any] = dict(loss="ppo", KL=False)
+    eager = rows(results, "policy", method="eager (TRL's formula)", **case)
+    return ratio(least(eager), least(rows(results, "policy", ours=True, **case)))
+
+
+def worst_logp(results: Results) -> float | None:
+    found = rows(results, "linear_logp", ours=True) + rows(results, "logp", ours=True)
+    errors = [row["max error"] for row in found if "max error" in row]
+    return max(errors, default=None)
+
+
+def training(section: str, number: str, part: str) -> Callable[[Results], float | None]:
+    """Of the shape 1.5b: a ratio to TRL, or a number of prefuse's."""
+
+    def measured(results: Results) -> float | None:
+        found = rows(results, section, part=part)
+        found = [row for row in found if "1.5b" in str(row.get("task", "")).lower()]
+        found = [row for row in found if str(row.get("system", "")).startswith("prefuse")]
+        return found[0].get(number) if len(found) == 1 else None
+
+    return measured
+
+
+TARGETS = [
+    Target(
+        f"linear_logp {BOTH}, 8192 x 4096 x 128256, float32 d weight",
+        of("linear_logp", **STASH, **LARGE, **{"pass": BOTH}), 37, "ms", 32.7,
+    ),
+    Target("its speed over the best peer's for any token gradients", faster_than_peers, 1.3, "x",
+           at_least=True),
+    Target(
+        "the same, 8192 x 896 x 151936",
+        of("linear_logp", **STASH, **SMALL, **{"pass": BOTH}), 11, "ms", 8.5,
+    ),
+    Target(
+        "forward only", of("linear_logp", **LARGE, **{"pass": "forward"}), 12.5, "ms", 10.9,
+    ),
+    Target(
+        f"frozen head, {BOTH}", of("linear_logp", **LARGE, **{"pass": "frozen weight"}),
+        25.5, "ms", 21.8,
+    ),
+    Target(
+        "recompute", of("linear_logp", **RECOMPUTE, **LARGE, **{"pass": BOTH}), 50, "ms", 43.6,
+    ),
+    Target(
+        "its memory beyond inputs and gradients",
+        of("linear_logp", "extra MB", **RECOMPUTE, **LARGE, **{"pass": BOTH}), 600, "MB",
+    ),
+    Target(
+        "logp from logits, 8192 x 128256, forward",
+        of("logp", N=8192, V=128256, **{"pass": "forward"}), 0.56, "ms", 0.49,
+    ),
+    Target(
+        "the same + in-place backward",
+        of("logp", N=8192, V=128256, **{"pass": "in place"}), 1.70, "ms", 1.47,
+    ),
+    Target(
+        "full-vocabulary KL of two heads",
+        of("divergence", kind="forward_kl", **LARGE), 51, "ms", 43.6,
+    ),
+    Target(
+        "GAE 1024 x 8192, mask, returns (17 bytes a token)",
+        of("advantage", op="gae", sequences=1024), 0.048, "ms", 0.033,
+    ),
+    Target(
+        "the same, KL reward and statistics in the launch (25 bytes a token)",
+        of("advantage", op="shaped gae", sequences=1024), 0.048, "ms", 0.049,
+    ),
+    Target("GAE of ragged lengths over that of even ones, a token", ragged_per_token, 1.5, "x"),
+    Target(
+        f"policy loss of 1M tokens, {BOTH}", of("policy", loss="ppo", KL=False), 0.020, "ms", 0.006,
+    ),
+    Target("its speed over eager", faster_than_eager, 10, "x", at_least=True),
+    Target("logp against float64, the worst of all", worst_logp, 2e-5, "nats"),
+    Target(
+        "DPO step, 1.5b: real tokens/s over TRL's",
+        training("train_dpo", "real tokens/s", "ratio"), 3, "x", at_least=True,
+    ),
+    Target("its memory over TRL's", training("train_dpo", "peak GB", "ratio"), 1, "x"),
+    Target(
+        "its MFU on real tokens", training("train_dpo", "MFU", "measured"), 0.45, "",
+        at_least=True,
+    ),
+    Target(
+        "GRPO update, 1.5b: real tokens/s over TRL's",
+        training("train_grpo", "real tokens/s", "ratio"), 2.5, "x", at_least=True,
+    ),
+]  # fmt: skip
+
+
+def judge(target: Target, results: Results) -> dict[str, Any]:
+    value = target.measured(results)
+    sign = ">=" if target.at_least else "<="
+    row: dict[str, Any] = {"what": target.what, "floor": target.floor}
+    row |= {"must": f"{sign} {target.must:g} {target.unit}".strip(), "measured": value}
+    if value is None:
+        return row | {"met": "not measured"}
+    miss = target.must / value - 1 if target.at_least else value / target.must - 1
+    row["met"] = "yes" if miss <= 0 else "no"
+    if not miss <= 0:
+        row["missed by %"] = 100 * miss
+    return row
+
+
+def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for every target; none if the device is another one."""
+    if DEVICE not in str(result["machine"]["device"]):
+        return []
+    return [judge(target, result["results"]) for target in TARGETS]
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    from common import table
+
+    result = json.loads(Path(sys.argv[1]).read_text())
+    found = judged(result)
+    device = result["machine"]["device"]
+    print(table(found) if found else f"targets are for an {DEVICE}, not for {device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""The benchmarks' own parts: clock, oracle, targets, tables, and processes that may die."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+class FakeGpu:
+    """Events that read a clock which runs advance; everything else of a GPU does nothing."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.flushes, self.order = 0.0, 0, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        class Buffer:
+            def zero_(self):
+                gpu.flushes += 1
+                gpu.now += 1000.0
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(module("timing"), "_flush_buffer", Buffer)
+
+    def run(self, name: str, ms: float):
+        def run():
+            self.order.append(name)
+            self.now += ms
+
+        return run
+
+
+def test_runs_on_a_gpu_take_turns_between_events_after_a_flush(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    runs = {"slow": gpu.run("slow", 40.0), "fast": gpu.run("fast", 2.0)}
+    prepared = []
+
+    def prepare():
+        prepared.append(gpu.now)
+        gpu.now += 7.0  # not on the clock of the run
+
+    found = module("timing").timed(runs, 0.2, prepare={"fast": prepare})
+    assert found["slow"][:3] == (40.0, 40.0, 40.0) and found["fast"][:3] == (2.0, 2.0, 2.0)
+    # 0.2 s over two methods and five rounds are 20 ms a turn: ten of 2 ms, one of 40
+    assert (found["slow"].runs, found["fast"].runs) == (5, 50)
+    assert gpu.order[:4] == ["slow", "fast", "slow", "fast"]
+    assert gpu.order[2:13] == ["slow", *["fast"] * 10]
+    assert gpu.flushes == len(gpu.order) and len(prepared) == 51
+
+
+def test_a_summary_has_the_median_and_its_spread():
+    found = module("timing").summary([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found.ms, found.low, found.high, found.runs) == (3.0, 2.0, 5.0, 6)
+
+
+def test_one_that_is_slow_does_not_outlive_the_seconds():
+    calls = []
+
+    def slow():
+        calls.append(0)
+        time.sleep(0.02)
+
+    found = module("timing").timed({"slow": slow}, 0.05)
+    assert found["slow"].runs == 3 and len(calls) == 4
+
+
+def test_what_takes_too_long_is_ended():
+    timing = module("timing")
+    with pytest.raises(timing.TookTooLong, match="not over"), timing.at_most(0.05):
+        time.sleep(5)
+    with timing.at_most(0.2):
+        pass
+    time.sleep(0.25)  # the former limit is gone
+
+
+def test_the_oracle_is_the_reference_in_float64():
+    exact, bench = module("exact"), module("bench_linear_logp")
+    hidden, weight, targets = bench.inputs((40, 8, 50), torch.float64)
+    factors = torch.randn(40, dtype=torch.float64)
+    old, exact.CHUNK_BYTES["cpu"] = exact.CHUNK_BYTES["cpu"], 8 * 50 * 7  # runs of 7 tokens
+    try:
+        found = exact.exact_logp(hidden, weight, targets, {"any": factors})
+    finally:
+        exact.CHUNK_BYTES["cpu"] = old
+    wanted = torch.log_softmax(hidden @ weight.t(), -1).gather(1, targets[:, None]).squeeze(1)
+    logp = wanted.float().detach()
+    d_hidden, d_weight = torch.autograd.grad(wanted, (hidden, weight), factors)
+    out = found.value, found.d_hidden["any"], found.d_weight["any"]
+    torch.testing.assert_close(out[0], wanted.detach())
+    torch.testing.assert_close(out[1], d_hidden[found.rows])
+    torch.testing.assert_close(out[2], d_weight[found.entries])
+    assert torch.isin(targets, found.entries).all()
+    errors = exact.head_errors(found, "any", logp, d_hidden, d_weight * 1.01)
+    assert errors["max error"] < 1e-5 and errors["d hidden off"] < 1e-12
+    assert errors["d weight off"] == pytest.approx(0.01)
+    broken = d_hidden.clone()
+    broken[found.rows[3]] = float("nan")
+    off = exact.head_errors(found, "any", None, broken, None)["d hidden off"]
+    assert off != off
+
+
+@pytest.fixture
+def ceilings(monkeypatch):
+    monkeypatch.setitem(module("common").CEILINGS, "gbps", 10.0)
+    monkeypatch.setitem(module("common").CEILINGS, "tflops", 0.1)
+
+
+def test_a_case_tells_wrong_and_failing_methods_and_measures_the_others(ceilings):
+    measure = module("measure")
+
+    def errors(out):
+        return {"off": out}
+
+    def fails():
+        raise RuntimeError("no such kernel | here")
+
+    def made(name, run, ours=False):
+        return measure.Method(name, run, errors, {"off": 1e-3}, ours, flops=2e6)
+
+    methods = [
+        made("prefuse", lambda: 0.0, True),
+        made("prefuse nan", lambda: float("nan"), True),
+        made("peer", lambda: 0.5),
+        made("broken", fails),
+    ]
+    case = measure.Case("c", lambda: methods, {"N": 3}, flops=1e6, bytes=1e3)
+    rows = {row["method"]: row for row in measure.rows_of(case, 0.01)}
+    assert rows["prefuse"]["ms"] > 0 and "wrong" not in rows["prefuse"]
+    # the larger of 1e6 FLOPs at 0.1 TFLOP/s and 1e3 bytes at 10 GB/s
+    assert rows["prefuse"]["floor ms"] == pytest.approx(0.01)
+    share = 100 * 0.01 / rows["prefuse"]["ms"]
+    assert rows["prefuse"]["% of floor"] == pytest.approx(share)
+    assert rows["prefuse"]["TFLOP/s"] == pytest.approx(2e6 / rows["prefuse"]["ms"] / 1e9)
+    assert rows["prefuse nan"]["ours"] == "failed" and "wrong" in rows["prefuse nan"]
+    assert rows["peer"]["wrong"] == "off 5.0e-01 > 1e-03" and "ours" not in rows["peer"]
+    assert rows["broken"]["error"] == "RuntimeError: no such kernel / here"
+    assert "ms" not in rows["broken"] and rows["broken"]["N"] == 3
+
+
+def script(folder: Path, monkeypatch, body: str) -> None:
+    """A benchmark of the name `toy`, as processes.py starts it."""
+    monkeypatch.setattr(module("processes"), "HERE", folder)
+    head = f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+    text = textwrap.dedent(body)
+    (folder / "bench_toy.py").write_text(head + text)
+
+
+TOY = """
+    import os, time
+    from measure import Case, Method, main
+
+    def die():
+        os._exit(11)
+
+    def made(name, run, ours=False):
+        return Method(name, run, lambda out: {}, {}, ours, flops=1.0)
+
+    def cases(size):
+        first = [made("prefuse", lambda: 0, True), made("deadly", die), made("peer", lambda: 0)]
+        return [
+            Case("first", lambda: first, {"op": "first"}, 1.0),
+            Case("second", lambda: [made("prefuse", LAST, True)], {"op": "second"}, 1.0),
+        ]
+
+    main("toy", cases)
+"""
+FLAGS = ["--tiny", "--ceilings", json.dumps({"gbps": 1.0, "tflops": 1.0})]
+
+
+def test_a_method_that_kills_its_process_leaves_the_others_measured(tmp_path, monkeypatch):
+    script(tmp_path, monkeypatch, TOY.replace("LAST", "lambda: 0"))
+    processes = module("processes")
+    found = processes.kernel_benchmark("toy", tmp_path, 30, time.monotonic() + 60, FLAGS)
+    rows = {(r.get("op"), r.get("method")): r for r in found.sections["toy"]}
+    assert rows["first", "prefuse"]["ms"] > 0 and rows["first", "peer"]["ms"] > 0
+    assert rows["first", "deadly"]["error"] == "took its process with it"
+    assert rows["second", "prefuse"]["ms"] > 0
+    assert "exit code 11" in rows[None, None]["error"]
+    assert found.failed == [] and found.ceilings["gbps"] == 1.0
+
+
+def test_a_benchmark_that_is_not_over_is_ended_and_keeps_what_it_found(tmp_path, monkeypatch):
+    script(
+        tmp_path, monkeypatch, TOY.replace("LAST", "lambda: time.sleep(60)").replace("die)", "int)")
+    )
+    processes = module("processes")
+    start = time.monotonic()
+    found = processes.kernel_benchmark("toy", tmp_path, 1, start + 9, FLAGS)
+    assert time.monotonic() - start < 15
+    rows = {(r.get("op"), r.get("method")): r for r in found.sections["toy"]}
+    assert rows["first", "prefuse"]["ms"] > 0
+    assert rows[None, None]["error"] == "second, prefuse: it was not over in time"
+
+
+def test_what_the_time_does_not_suffice_for_is_told(ceilings):
+    measure = module("measure")
+    record = measure.Record(None)
+    case = measure.Case("c", lambda: [], {"N": 3})
+    assert measure.measure([case], 0.0, record, frozenset()) == 0
+    assert record.sections["c"][0]["error"] == measure.OUT_OF_TIME
+
+
+@pytest.mark.full
+def test_run_measures_and_merges(tmp_path, monkeypatch, capsys):
+    run = module("run")
+    arguments = ["run.py", "--only", "logp", "--tiny", "--seconds", "40", "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(tmp_path)])
+    assert run.main() == 0
+    (path,) = tmp_path.glob("logp-tiny-*.json")
+    result = json.loads(path.read_text())
+    assert result["machine"]["commit"] == "abc" and result["ceilings"]["gbps"] > 0
+    passes = {row["pass"] for row in result["results"]["logp"] if row["impl"] == "torch"}
+    assert passes == {"forward", "forward + backward", "in place"}
+    assert all(row["ms"] > 0 for row in result["results"]["logp"])
+    assert "targets" not in result  # they are for an H200
+    assert "## logp" in path.with_suffix(".md").read_text()
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def head_row(method: str, ms: float, **more) -> dict:
+    row = {"pass": "forward + backward", "N": 8192, "H": 4096, "V": 128256, "method": method}
+    return row | {"weight": "float32", "token gradients": "any", "ms": ms, "max error": 1e-6} | more
+
+
+def result_of(device: str) -> dict:
+    head = [
+        head_row("prefuse stash", 38.0),
+        head_row("prefuse stash", 35.0, weight="bfloat16"),
+        head_row("prefuse recompute", 49.0, **{"extra MB": 500.0}),
+        head_row("naive logits", 60.0, weight="bfloat16"),
+        head_row("TRL fused head", 76.0),
+        head_row("Liger", 20.0, **{"token gradients": "ones"}),
+        head_row("CCE", 20.0, wrong="d weight off 3.0e-01 > 1e-01"),
+    ]
+    advantage = [
+        {"op": "gae", "sequences": 1024, "tokens": 1 << 23, "impl": "cuda", "ms": 0.040},
+        {"op": "gae", "sequences": 1024, "tokens": 1 << 23, "impl": "padded loop", "ms": 400.0},
+        {"op": "ragged gae", "sequences": 9, "tokens": 1 << 22, "impl": "cuda", "ms": 0.036},
+    ]
+    policy = [
+        {"loss": "ppo", "KL": False, "method": "prefuse", "ms": 0.015},
+        {"loss": "ppo", "KL": False, "method": "eager (TRL's formula)", "ms": 0.165},
+    ]
+    training = [
+        {"part": "measured", "task": "DPO 1.5b", "system": "prefuse", "real tokens/s": 9.0}
+        | {"MFU": 0.44},
+        {"part": "measured", "task": "DPO 1.5b", "system": "TRL", "real tokens/s": 3.0},
+        {"part": "ratio", "task": "DPO 1.5b", "system": "prefuse / TRL", "real tokens/s": 3.0}
+        | {"peak GB": 0.5},
+    ]
+    sections = {"linear_logp": head, "advantage": advantage, "policy": policy}
+    return {"machine": {"device": device}, "results": sections | {"train_dpo": training}}
+
+
+def test_targets_are_judged_by_the_rows():
+    targets = module("targets")
+    found = {row["what"]: row for row in targets.judged(result_of("NVIDIA H200"))}
+    judged = {what: (row["measured"], row["met"]) for what, row in found.items()}
+    head, over_peers, *_ = found.values()
+    assert (head["measured"], head["met"]) == (38.0, "no")
+    assert head["missed by %"] == pytest.approx(100 / 37)
+    assert (over_peers["measured"], over_peers["met"]) == (2.0, "yes")  # 76 / 38
+    assert judged["recompute"] == (49.0, "yes")
+    assert judged["its memory beyond inputs and gradients"] == (500.0, "yes")
+    ragged = found["GAE of ragged lengths over that of even ones, a token"]
+    assert ragged["measured"] == pytest.approx(1.8) and ragged["missed by %"] == pytest.approx(20)
+    assert judged["its speed over eager"] == (pytest.approx(11.0), "yes")
+    assert judged["DPO step, 1.5b: real tokens/s over TRL's"] == (3.0, "yes")
+    assert found["its MFU on real tokens"]["missed by %"] == pytest.approx(100 * (0.45 / 0.44 - 1))
+    assert judged["forward only"] == (None, "not measured")
+    assert targets.judged(result_of("NVIDIA A100")) == []
+
+
+def test_every_target_names_a_case_that_is_measured():
+    """The selectors against the columns of the cases that a GPU runs."""
+    bench = {name: module(f"bench_{name}") for name in ("linear_logp", "logp", "divergence")}
+    results: dict[str, list] = {}
+    for name, found in bench.items():
+        results[name] = [
+            case.columns
+            | {case.label: who, "weight": "float32", "ms": 1.0, "max error": 0.0}
+            | {"extra MB": 1.0, "token gradients": "any"}
+            for case in found.cases("cuda")
+            for who in ("prefuse stash", "prefuse recompute", "triton", "TRL")
+        ]
+    for name, ours, other in (
+        ("policy", "prefuse", "eager (TRL's formula)"),
+        ("advantage", "cuda", "x"),
+    ):
+        results[name] = [
+            case.columns | {case.label: who, "ms": 1.0}
+            for case in module(f"bench_{name}").cases("cuda")
+            for who in (ours, other)
+        ]
+    for row in module("targets").judged({"machine": {"device": "H200"}, "results": results}):
+        measured = row["met"] != "not measured"
+        of_training = "TRL's" in row["what"] or "MFU" in row["what"]
+        assert measured != of_training, row
+
+
+def test_the_readme_gets_a_gpu_table_from_its_result(tmp_path, monkeypatch):
+    readme_table, gpu = module("readme_table"), module("readme_gpu")
+    readme = (ROOT / "README.md").read_text()
+    assert readme_table.written(readme) == readme
+    for path in readme_table.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    path = tmp_path / "kernels-nvidia-h200.json"
+    path.write_text(json.dumps(result_of("NVIDIA H200")))
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    one = readme_table.written(readme)
+    block = gpu.table(json.loads(path.read_text()))
+    assert f"\n\n{block}\n" in one and one.count("| prefuse |") == 2
+    assert "| **38** | 76 (TRL fused head) | 60 |" in block
+    assert "real tokens/s | **9** | 3 (TRL) |  |" in block
+    assert "| **40** |  | 400000 |" in block
+    assert readme_table.written(one) == one
+    path.write_text(json.dumps(result_of("NVIDIA H200 NVL")))
+    other = readme_table.written(one)
+    assert "NVIDIA H200 NVL, bfloat16" in other and other.count("| prefuse |") == 2
