@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .advantage import discounted_returns
 from .preference_parts import Inputs
 from .segments import segment_spread, segment_sum
 from .surrogate import Rule
@@ -54,12 +54,12 @@ class Actions(Inputs):
         return self._spread(self._total(x) / count.clamp(min=1), len(x))
 
     def before(self, x: Tensor) -> Tensor:
-        """The sum of x, which is `kept`, over the tokens before each one in its sequence."""
-        running = F.pad(x.double().cumsum(0), (1, 0))
-        bounds = self._bounds()
-        starts = running[bounds[:-1].long()]
-        spread = segment_spread(starts, bounds, len(x), impl=self.impl)
-        return (running[:-1] - spread).to(x.dtype)
+        """The sum of x, which is `kept`, over the tokens before each one in its sequence; detached.
+
+        torch.cumsum would add up in another order in each run on a GPU.
+        """
+        impl = "reference" if x.dtype == torch.float64 else self.impl
+        return self.sum(x).detach() - discounted_returns(x, self._bounds(), impl=impl)
 
     def _bounds(self) -> Tensor:
         steps = self.optional("steps")

@@ -208,16 +208,7 @@ def _check(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 AOT = [
-    (
-        _segment_sum_kernel,
-        {"x": "*fp32", "cu_seqlens": "*i32", "sums": "*fp32", "BLOCK": "constexpr"},
-        {"BLOCK": 1024},
-        4,
-    ),
-    (
-        _segment_spread_kernel,
-        {"x": "*fp32", "cu_seqlens": "*i32", "out": "*fp32", "BLOCK": "constexpr"},
-        {"BLOCK": 1024},
-        4,
-    ),
+    (kernel, {"x": dtype, "cu_seqlens": "*i32", result: dtype}, {"BLOCK": 1024}, 4)
+    for kernel, result in ((_segment_sum_kernel, "sums"), (_segment_spread_kernel, "out"))
+    for dtype in ("*fp32", "*fp64")
 ]

@@ -20,6 +20,13 @@ pytest_plugins = ["online_runs", "judge_server"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(items):
+    """`-m gpu` also runs what asks for `device`: with a GPU there, on the GPU."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

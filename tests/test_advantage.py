@@ -19,6 +19,7 @@ from prefuse.kernels.launch import choose_impl
 from prefuse.kernels.vtrace import vtrace
 from prefuse.kernels.whitening import whitening_statistics
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -13,6 +13,7 @@ from prefuse.kernels.segments import (
     segment_sum,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
