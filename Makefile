@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PREFUSE_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data))
 
-.PHONY: install demo test test-full lint clean
+.PHONY: install demo test test-full gpu lint clean
 
 install: $(VENV)/.installed  ## .venv with prefuse (editable), its C++ extension and the dev tools
 
@@ -26,6 +26,17 @@ test: install  ## at most 12 minutes on 2 cores, no GPU needed
 
 test-full: $(VENV)/.peers  ## adds the slower proofs and the parity tests against the peers
 	$(BIN)/python -m pytest
+
+# the Python that is there, for a GPU machine may have no way to install one
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+BUILT = import torch; print(torch.cuda.get_device_name()); from prefuse.kernels import _C; \
+	assert _C.has_cuda, "built without nvcc"
+
+gpu:  ## on a machine with a GPU, about 6 minutes: its tests, then compute-sanitizer
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	cd tests && $(GPU_PYTHON) -c 'import conftest; $(BUILT)'
+	$(GPU_PYTHON) -m pytest -m gpu -n 8 --dist worksteal --durations=20
+	$(GPU_PYTHON) tests/sanitize.py
 
 lint: install
 	$(BIN)/ruff check .
