@@ -236,7 +236,9 @@ def _causal(n: int, dev: torch.device) -> Tensor:
 
 
 def _dense(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    """Key heads repeated, as in transformers: with a mask, grouped ones have no fast kernel."""
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def methods(size: str) -> list[Method]:

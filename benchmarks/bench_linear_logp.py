@@ -141,9 +141,7 @@ def head_methods(size: str, shape: tuple[int, int, int], what: str) -> list[Meth
     x = checked_inputs(shape, dtype_of())
     found = []
     for head in ours() + peers(size):
-        if (what == FROZEN and not (head.frozen and head.frozen_gemms)) or (
-            what == FORWARD and not head.forward
-        ):
+        if (what == FROZEN and not head.frozen_gemms) or (what == FORWARD and not head.forward):
             continue
         # float32 is for the gradient's sake
         kinds = [kind for kind in head.weights if kind in x.weights] if what == BOTH else ["same"]

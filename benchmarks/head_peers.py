@@ -23,11 +23,10 @@ class Head(NamedTuple):
     name: str
     logp: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     gemms: int  # forward and backward
-    frozen_gemms: int = 0  # with a frozen weight
+    frozen_gemms: int = 0  # with a frozen weight, if it is worth measuring
     upstream: str = "any"  # or "ones", "per sequence": which factors a token's gradient can have
     weights: tuple[str, ...] = ("same",)  # dtypes of weight: "same" as hidden, "float32"
-    frozen: bool = True  # whether it is worth measuring with a frozen head
-    forward: bool = True  # and without gradients
+    forward: bool = True  # whether it is worth measuring without gradients
     ours: bool = False
 
 
@@ -40,7 +39,8 @@ def peers(size: str) -> list[Head]:
     nothing."""
     found = [Head("naive logits", naive, 3, 2)]
     if size != "tiny":
-        found.append(Head("torch.compile of it", torch.compile(naive, dynamic=False), 3, 2))
+        compiled: Any = torch.compile(naive, dynamic=False)
+        found.append(Head("torch.compile of it", compiled, 3, forward=False))
     if _installed("trl"):
         found.append(Head("TRL fused head", _trl, 4, 3, weights=("same", "float32")))
     if hasattr(F, "linear_cross_entropy"):

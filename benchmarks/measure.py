@@ -187,6 +187,8 @@ def _rates(method: Method, case: Case, ms: float) -> dict[str, float]:
         found["% of copy"] = 100 * found["GB/s"] / limit["gbps"]
     flops = case.flops if method.floor_flops is None else method.floor_flops
     floor = max(flops / limit["tflops"] / 1e9, case.bytes / limit["gbps"] / 1e6)
+    if not floor:
+        return found
     return found | {"floor ms": floor, "% of floor": 100 * floor / ms}
 
 

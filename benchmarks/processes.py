@@ -130,9 +130,10 @@ def training_benchmark(name: str, folder: Path, seconds: float, end: float, tiny
     output.with_suffix(".json").unlink(missing_ok=True)
     log = folder / f"{name}.log"
     shape = ["--tiny"] if tiny else ["--shape", "1.5b"]
-    own = max(min(seconds, end - start) - SLACK, SHORTEST)
+    stop = min(start + seconds, end)
+    own = max(stop - start - SLACK, SHORTEST)
     command = [sys.executable, str(HERE / f"bench_{name}.py"), *shape]
-    code = _run([*command, "--seconds", str(own), "--output", str(output)], log, end)
+    code = _run([*command, "--seconds", str(own), "--output", str(output)], log, stop)
     told = _read(output.with_suffix(".json"))
     rows = told.get("results", [])
     why = [] if code == 0 else [f"exit code {code}: {_tail(log)}" if code else "not over in time"]

@@ -26,10 +26,14 @@ def module(name: str) -> Any:
 
 
 class FakeGpu:
-    """Events that read a clock which runs advance; everything else of a GPU does nothing."""
+    """Events that read a clock which runs advance, a heap that they fill, graphs that run what they
+    hold without its launches; everything else of a GPU does nothing."""
+
+    LAUNCH = 0.5  # milliseconds
 
     def __init__(self, monkeypatch):
         self.now, self.flushes, self.order = 0.0, 0, []
+        self.heap = self.peak = 1e6
         gpu = self
 
         class Event:
@@ -51,21 +55,39 @@ class FakeGpu:
                 gpu.now += 1000.0
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: gpu.heap)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.new_peak)
+        monkeypatch.setattr(module("timing"), "graph_of", self.graph_of)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(module("timing"), "_flush_buffer", Buffer)
 
-    def run(self, name: str, ms: float):
+    def new_peak(self):
+        self.peak = self.heap
+
+    def run(self, name: str, ms: float, extra_bytes: float = 0.0):
         def run():
             self.order.append(name)
-            self.now += ms
+            self.now += ms + self.LAUNCH
+            self.peak = max(self.peak, self.heap + extra_bytes)
+            return torch.zeros(250_000)  # a megabyte
 
         return run
+
+    def graph_of(self, runs):
+        def replay():
+            for run in runs:
+                run()
+                self.now -= self.LAUNCH
+
+        return replay
 
 
 def test_runs_on_a_gpu_take_turns_between_events_after_a_flush(monkeypatch):
     gpu = FakeGpu(monkeypatch)
-    runs = {"slow": gpu.run("slow", 40.0), "fast": gpu.run("fast", 2.0)}
+    runs = {"slow": gpu.run("slow", 39.5), "fast": gpu.run("fast", 1.5)}
     prepared = []
 
     def prepare():
@@ -79,6 +101,30 @@ def test_runs_on_a_gpu_take_turns_between_events_after_a_flush(monkeypatch):
     assert gpu.order[:4] == ["slow", "fast", "slow", "fast"]
     assert gpu.order[2:13] == ["slow", *["fast"] * 10]
     assert gpu.flushes == len(gpu.order) and len(prepared) == 51
+
+
+def test_a_short_case_is_timed_on_the_device_and_from_call_to_call(monkeypatch, ceilings):
+    gpu, measure = FakeGpu(monkeypatch), module("measure")
+
+    def made(name, ms, **more):
+        run = gpu.run(name, ms, 4e6)
+        return measure.Method(name, run, lambda out: {}, {}, **more)
+
+    copies = tuple(gpu.run("copy", ms) for ms in (2.5, 3.0))
+    methods = [made("prefuse", 2.0, ours=True, copies=copies), made("loop", 9.0, graph=False)]
+    case = measure.Case("c", lambda: methods, {}, bytes=1e6, short=True)
+    row, loop = measure.rows_of(case, 0.1)
+    assert (row["ms"], row["call ms"], row["timed by"]) == (2.5, 2.5, "graph")  # mean of 2, 2.5, 3
+    assert row["GB/s"] == pytest.approx(0.4) and row["wall ms"] > 0
+    assert row["extra MB"] == pytest.approx(3.0)  # 4 above the heap, 1 of them returned
+    assert loop["ms"] == 9.5 and "timed by" not in loop and "wall ms" not in loop
+
+    def no_graph(runs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(module("timing"), "graph_of", no_graph)
+    row, _ = measure.rows_of(case, 0.1)
+    assert row["timed by"] == "call" and "not permitted" in row["note"] and row["ms"] == 2.5
 
 
 def test_a_summary_has_the_median_and_its_spread():
@@ -179,7 +225,7 @@ def script(folder: Path, monkeypatch, body: str) -> None:
 
 
 TOY = """
-    import os, time
+    import os
     from measure import Case, Method, main
 
     def die():
@@ -192,7 +238,7 @@ TOY = """
         first = [made("prefuse", lambda: 0, True), made("deadly", die), made("peer", lambda: 0)]
         return [
             Case("first", lambda: first, {"op": "first"}, 1.0),
-            Case("second", lambda: [made("prefuse", LAST, True)], {"op": "second"}, 1.0),
+            Case("second", lambda: [made("prefuse", lambda: 0, True)], {"op": "second"}, 1.0),
         ]
 
     main("toy", cases)
@@ -201,7 +247,7 @@ FLAGS = ["--tiny", "--ceilings", json.dumps({"gbps": 1.0, "tflops": 1.0})]
 
 
 def test_a_method_that_kills_its_process_leaves_the_others_measured(tmp_path, monkeypatch):
-    script(tmp_path, monkeypatch, TOY.replace("LAST", "lambda: 0"))
+    script(tmp_path, monkeypatch, TOY)
     processes = module("processes")
     found = processes.kernel_benchmark("toy", tmp_path, 30, time.monotonic() + 60, FLAGS)
     rows = {(r.get("op"), r.get("method")): r for r in found.sections["toy"]}
@@ -212,17 +258,28 @@ def test_a_method_that_kills_its_process_leaves_the_others_measured(tmp_path, mo
     assert found.failed == [] and found.ceilings["gbps"] == 1.0
 
 
+ENDLESS = """
+    import json, subprocess, sys, time
+    record = sys.argv[sys.argv.index("--record") + 1]
+    rows = {"first": [{"op": "first", "method": "prefuse", "ms": 1.0}]}
+    worker = subprocess.Popen(["sleep", "60"])
+    told = {"sections": rows, "doing": ["second", "prefuse"], "ceilings": {"worker": worker.pid}}
+    open(record, "w").write(json.dumps(told))
+    time.sleep(60)
+"""
+
+
 def test_a_benchmark_that_is_not_over_is_ended_and_keeps_what_it_found(tmp_path, monkeypatch):
-    script(
-        tmp_path, monkeypatch, TOY.replace("LAST", "lambda: time.sleep(60)").replace("die)", "int)")
-    )
-    processes = module("processes")
+    script(tmp_path, monkeypatch, ENDLESS)
     start = time.monotonic()
-    found = processes.kernel_benchmark("toy", tmp_path, 1, start + 9, FLAGS)
-    assert time.monotonic() - start < 15
-    rows = {(r.get("op"), r.get("method")): r for r in found.sections["toy"]}
-    assert rows["first", "prefuse"]["ms"] > 0
-    assert rows[None, None]["error"] == "second, prefuse: it was not over in time"
+    found = module("processes").kernel_benchmark("toy", tmp_path, 1, start + 3, FLAGS)
+    assert time.monotonic() - start < 8
+    rows = found.sections["toy"]
+    assert rows[0] == {"op": "first", "method": "prefuse", "ms": 1.0}
+    assert rows[1] == {"error": "second, prefuse: it was not over in time"}
+    worker = Path(f"/proc/{found.ceilings['worker']:.0f}/stat")  # its worker is ended, too
+    time.sleep(0.2)
+    assert not worker.exists() or worker.read_text().split()[2] == "Z"
 
 
 def test_what_the_time_does_not_suffice_for_is_told(ceilings):
