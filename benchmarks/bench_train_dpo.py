@@ -15,7 +15,7 @@ prompt counts twice, though prefuse computes it once.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from train_common import (
     random_model,
     random_tokens,
 )
-from train_compare import SEARCHED, compare, conclude, parsed
+from train_compare import SEARCHED, parsed, run_all
 from train_prefuse import Prefuse
 from train_trl import TRL
 
@@ -164,15 +164,17 @@ def systems_of(name: str, pairs: list[Pair], args) -> list[System]:
     return found
 
 
-def main(given: list[str] | None = None) -> None:
-    args = parsed(__doc__, 32, given)
-    rows = []
+def jobs(args) -> Iterator[tuple[Task, list[System]]]:
     for name in args.shape:
         count = args.batch * max(sum(SEARCHED), args.warmup + args.steps)
         pairs = random_pairs(SHAPES[name], count, 256 if name == "tiny" else MAX_LENGTH)
         task = task_of(f"DPO, {name}", SHAPES[name], pairs, args.batch)
-        rows += compare(task, systems_of(name, pairs, args), args)
-    conclude("DPO: whole optimizer steps", rows, args, batch=f"{args.batch} pairs a step")
+        yield task, systems_of(name, pairs, args)
+
+
+def main(given: list[str] | None = None) -> None:
+    args = parsed(__doc__, 32, given)
+    run_all("DPO: whole optimizer steps", jobs(args), args, batch=f"{args.batch} pairs a step")
 
 
 if __name__ == "__main__":

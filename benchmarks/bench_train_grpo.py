@@ -17,6 +17,7 @@ completion: padding counts for neither, and prefuse computes a prompt once.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ from train_common import (
     random_model,
     random_tokens,
 )
-from train_compare import SEARCHED, compare, conclude, parsed
+from train_compare import SEARCHED, parsed, run_all
 from train_prefuse import Prefuse
 from train_trl import TRL
 
@@ -244,20 +245,23 @@ def systems_of(name: str, groups: list[Group], beta: float, args) -> list[System
     return found
 
 
+def jobs(args) -> Iterator[tuple[Task, list[System]]]:
+    steps = max(sum(SEARCHED), args.warmup + args.steps)
+    for name in args.shape:
+        longest = 128 if name == "tiny" else LONGEST
+        groups = random_groups(SHAPES[name], args.batch // G * steps, longest)
+        for beta in args.beta:
+            told = f"GRPO, {name}, beta {beta:g}"
+            task = task_of(told, SHAPES[name], groups, args.batch, beta)
+            yield task, systems_of(name, groups, beta, args)
+
+
 def main(given: list[str] | None = None) -> None:
     args = parsed(__doc__, 128, given, beta=(0.0,))
     if args.batch % G:
         raise SystemExit(f"--batch: wanted a multiple of {G}, a prompt's completions")
-    rows = []
-    for name in args.shape:
-        for beta in args.beta:
-            shape, steps = SHAPES[name], max(sum(SEARCHED), args.warmup + args.steps)
-            longest = 128 if name == "tiny" else LONGEST
-            groups = random_groups(shape, args.batch // G * steps, longest)
-            task = task_of(f"GRPO, {name}, beta {beta:g}", shape, groups, args.batch, beta)
-            rows += compare(task, systems_of(name, groups, beta, args), args)
     told = f"{args.batch} completions a step, {G} of a prompt"
-    conclude("GRPO: whole optimizer steps, sampling left out", rows, args, batch=told)
+    run_all("GRPO: whole optimizer steps, sampling left out", jobs(args), args, batch=told)
 
 
 if __name__ == "__main__":

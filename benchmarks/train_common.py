@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import numpy as np
 import torch
 from common import device, peak_memory_mb, reset_peak_memory
+from timing import at_most
 
 CONVENTION = (
     "model FLOPs of real tokens: a forward is 2 x weights of the layers' matrix products a token, "
@@ -185,13 +186,13 @@ def hushed():
         yield
 
 
-def attempt(system: System, setting: Any, clock: Clock, task: Task) -> Outcome:
-    """One run; out of memory, or an error of a setting, is an outcome."""
+def attempt(system: System, setting: Any, clock: Clock, task: Task, limit: float) -> Outcome:
+    """One run of at most `limit` seconds; no memory, or an error of a setting, is an outcome."""
     free()
     reset_peak_memory()
     norm, failed = float("nan"), ""
     try:
-        with hushed():
+        with hushed(), at_most(limit):
             norm = system.run(setting, clock)
     except torch.OutOfMemoryError:
         failed = "out of memory"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import time
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +28,13 @@ from train_common import (
 
 from prefuse.trainer.plan.device import KNOWN
 
-SEARCHED = 1, 2  # steps of a short run: to warm up, timed
+SEARCHED = 2, 2  # steps of a short run: to warm up, timed
+SHORTEST = 30.0  # seconds that a run may have, whatever is left: compilers need some
 
 
-def search(system: System, task: Task, until: float, within_gb: float | None) -> list[Outcome]:
+def search(
+    system: System, task: Task, until: float, within_gb: float | None, args
+) -> list[Outcome]:
     """Outcomes of short runs, the best first: of those in `within_gb` if any is. What is not tried
     before `until` is told as such, but for the first."""
     found: list[Outcome] = []
@@ -44,7 +49,8 @@ def search(system: System, task: Task, until: float, within_gb: float | None) ->
                 nothing = float("nan")
                 found.append(Outcome(setting, [], nothing, nothing, nothing, "not tried: no time"))
                 continue
-            found.append(attempt(system, setting, Clock(*SEARCHED, until), task))
+            limit = max(SHORTEST, args.seconds / 2)
+            found.append(attempt(system, setting, Clock(*SEARCHED, until), task, limit))
     return _ranked(found, task, within_gb)
 
 
@@ -56,9 +62,12 @@ def _ranked(found: list[Outcome], task: Task, within_gb: float | None) -> list[O
     return sorted(found, key=rank)
 
 
-def compare(task: Task, systems: list[System], args) -> list[dict]:
+def compare(task: Task, systems: list[System], args, save=lambda rows: None) -> list[dict]:
     """Rows of the search, of the runs in turn at the best settings, of their ratios. The last
-    system is judged first, and the others may take no more memory than its best if they can."""
+    system is judged first, and the others may take no more memory than its best if they can.
+
+    save: is given the rows that there are after each turn.
+    """
     ceilings()  # before the models are there
     free()
     start = time.perf_counter()
@@ -67,7 +76,7 @@ def compare(task: Task, systems: list[System], args) -> list[dict]:
     shares = [0.55] if len(systems) == 1 else [0.4, 0.55]
     for i, (system, share) in enumerate(zip(reversed(systems), shares, strict=True)):
         until = start + args.seconds * share
-        found[system.name] = search(system, task, until, within)
+        found[system.name] = search(system, task, until, within, args)
         if torch.cuda.is_available() and i == 0 and found[system.name][0].seconds:
             within = found[system.name][0].peak_gb
     runs: dict[str, list[Outcome]] = {s.name: [] for s in systems}
@@ -75,16 +84,21 @@ def compare(task: Task, systems: list[System], args) -> list[dict]:
         if turn and time.perf_counter() > start + args.seconds:
             break
         for system in systems:
-            clock = partial(Clock, args.warmup, args.steps, start + args.seconds)
-            _take_turn(system, found[system.name], runs[system.name], clock, task)
+            _take_turn(system, found[system.name], runs[system.name], task, args, start)
+        save(_rows(task, systems, found, runs, args))
     return _rows(task, systems, found, runs, args)
 
 
-def _take_turn(system: System, ranked: list[Outcome], runs: list[Outcome], clock, task) -> None:
+def _take_turn(
+    system: System, ranked: list[Outcome], runs: list[Outcome], task: Task, args, start: float
+) -> None:
     """Adds a run at the best setting. One that was fine in the search may fail at a later step:
     then it counts as failed, and the next one is the best."""
+    end = start + args.seconds
     while ranked[0].seconds:
-        outcome = attempt(system, ranked[0].setting, clock(), task)
+        clock = Clock(args.warmup, args.steps, end)
+        limit = max(SHORTEST, end - time.perf_counter() + SHORTEST / 2)
+        outcome = attempt(system, ranked[0].setting, clock, task, limit)
         if not outcome.failed:
             runs.append(outcome)
             return
@@ -176,7 +190,7 @@ def _arguments(about: str | None, batch: int) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4, help="timed in a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3, help="in which the systems take turns")
-    parser.add_argument("--seconds", type=float, default=60, help="for a shape, search included")
+    parser.add_argument("--seconds", type=float, help="for a shape, search included; default: 60")
     parser.add_argument("--compile", action="store_true", help="try torch.compile in both, too")
     parser.add_argument("--alone", action="store_true", help="prefuse without TRL")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
@@ -191,21 +205,36 @@ def parsed(about: str | None, batch: int, given: list[str] | None, **lists: tupl
     args = parser.parse_args(given)
     on_gpu = torch.cuda.is_available()
     args.shape = ["tiny"] if args.tiny else args.shape or ["0.5b", "1.5b"]
-    args.batch = args.batch or (16 if args.tiny else batch)
+    args.batch = args.batch or (8 if args.tiny else batch)
+    args.seconds = (15.0 if args.tiny else 60.0) if args.seconds is None else args.seconds
     args.precision = args.precision or ("bfloat16" if on_gpu else "float32")
     if args.warmup < 1 or args.steps < 1 or args.rounds < 1:
         parser.error("--warmup, --steps and --rounds: wanted 1 or more")
     return args
 
 
-def conclude(title: str, rows: list[dict], args, **more: object) -> None:
-    """Publishes; ends with an error where a system has no result, or another than its peer."""
+def tell(title: str, rows: list[dict], args, **more: object) -> None:
+    """Prints and writes what there is."""
     info = machine() | versions() | more
     info |= {"precision": args.precision, "ceiling TFLOP/s": ceilings()["tflops"]}
     memory = "allocator" if torch.cuda.is_available() else "process"
     info |= {"MFU": CONVENTION, "memory": f"peak of the {memory}, all models included"}
     info |= {"settings": "the fastest in short runs; of prefuse's, on a GPU, within TRL's memory"}
     publish(title, info, rows, args.output)
+
+
+def run_all(title: str, jobs: Iterable[tuple[Task, list[System]]], args, **more: object) -> None:
+    """Compares in every job; what is there is written after each turn. Ends with an error where a
+    system has no result, or trains otherwise than its peer."""
+    rows: list[dict] = []
+
+    def save(more_rows: list[dict]) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            tell(title, rows + more_rows, args, **more)
+
+    for task, systems in jobs:
+        rows += compare(task, systems, args, save)
+    tell(title, rows, args, **more)
     broken = [f"{r['task']}: {r['system']}: {r['failed']}" for r in rows if _is_missing(r)]
     broken += disagreements(rows, args.precision)
     if broken:

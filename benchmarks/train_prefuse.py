@@ -40,11 +40,13 @@ def stages(
 
     def leaner(best: Prefuse | None) -> list[Prefuse]:
         best = best or Prefuse(sizes[0], unit)
-        more = [replace(best, compiled=True)] if compiled else []
         large = replace(best, size=sizes[0])
-        return more + [replace(large, checkpointing=x) for x in ("selective", "full")]
+        return [replace(large, checkpointing=x) for x in ("selective", "full")]
 
-    return [first, leaner]
+    def compiler(best: Prefuse | None) -> list[Prefuse]:
+        return [replace(best, compiled=True)] if best and compiled else []
+
+    return [first, leaner, compiler]
 
 
 def options(folder: str, precision: str, setting: Prefuse, clock: Clock) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def stages(batch: int, micros: list[int], compiled: bool) -> list[Callable[[TRL 
             more.append(replace(best, liger=True))
         if on_gpu and _has("flash_attn"):
             more.append(replace(more[-1], attention="flash_attention_2"))
-        return more + ([replace(more[-1], compiled=True)] if compiled else [])
+        return more
 
     def sizes(best: TRL | None) -> list[TRL]:
         best = best or TRL(1)
@@ -52,7 +52,10 @@ def stages(batch: int, micros: list[int], compiled: bool) -> list[Callable[[TRL 
         more = [m for m in (2 * best.micro, 4 * best.micro) if m <= batch]
         return [replace(best, micro=m, checkpointing=True) for m in more or [best.micro]]
 
-    return [lambda _: [TRL(micros[0])], layers, sizes, leaner]
+    def compiler(best: TRL | None) -> list[TRL]:
+        return [replace(best, compiled=True)] if best and compiled else []
+
+    return [lambda _: [TRL(micros[0])], layers, sizes, leaner, compiler]
 
 
 def _has(package: str) -> bool:

@@ -87,7 +87,7 @@ def test_rows_have_the_lengths_that_are_counted(load):
 def test_a_setting_that_fails_is_told_and_not_taken(load, capsys, monkeypatch):
     compare, common = load("train_compare"), load("train_common")
     monkeypatch.setattr(common, "free", lambda: None)
-    task = common.Task("task", common.SHAPES["tiny"], [100, 200, 300], [1e9, 2e9, 3e9])
+    task = common.Task("task", common.SHAPES["tiny"], [100, 200, 300, 400], [1e9, 2e9, 3e9, 4e9])
 
     fails_after = 9
 
@@ -135,7 +135,30 @@ def test_a_setting_that_fails_is_told_and_not_taken(load, capsys, monkeypatch):
     assert "out of memory" in [r.get("failed") for r in rows if r.get("setting") == "fast"]
     with pytest.raises(SystemExit, match="no setting worked"):
         only = common.System("broken", [lambda _: ["big"]], run)
-        compare.conclude("nothing", compare.compare(task, [only], args), args)
+        compare.run_all("nothing", [(task, [only])], args)
+
+
+def test_what_was_measured_before_an_end_is_written(load, tmp_path, monkeypatch):
+    """Whoever ended the process, by a time limit say."""
+    compare, common = load("train_compare"), load("train_common")
+    monkeypatch.setattr(common, "free", lambda: None)
+    turns = []
+
+    def run(setting, clock):
+        turns.append(setting)
+        if len(turns) == 3:  # one run of the search and one turn are over
+            raise KeyboardInterrupt
+        while not clock.mark():
+            pass
+        return 1.0
+
+    task = common.Task("task", common.SHAPES["tiny"], [100] * 4, [1e9] * 4)
+    system = common.System("ours", [lambda _: ["a"]], run)
+    given = [*QUICK, "--rounds", "2", "--output", str(tmp_path / "result")]
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all("all", [(task, [system])], compare.parsed("", 8, given))
+    measured, searched = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert measured["real tokens/s"] > 0 and searched["part"] == "search"
 
 
 def test_a_run_ends_when_the_time_is_over(load):
@@ -224,7 +247,7 @@ def test_what_trl_s_grpo_is_given_is_what_it_makes_itself(load, tmp_path):
 
     grpo, peer, common = (load(n) for n in ("bench_train_grpo", "train_trl", "train_common"))
     shape = common.SHAPES["tiny"]
-    groups = grpo.random_groups(shape, 2, 40)
+    groups = grpo.random_groups(shape, 2, 64)
     each = {"prompt_ids": [g.prompt.tolist() for g in groups for _ in g.completions]}
     each["completion_ids"] = [c.tolist() for g in groups for c in g.completions]
     each["logprobs"] = [[0.0] * len(c) for c in each["completion_ids"]]
