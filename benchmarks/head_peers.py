@@ -43,8 +43,7 @@ def peers(size: str) -> list[Head]:
         found.append(Head("torch.compile of it", compiled, 3, forward=False))
     if _installed("trl"):
         found.append(Head("TRL fused head", _trl, 4, 3, weights=("same", "float32")))
-    if hasattr(F, "linear_cross_entropy"):
-        found.append(Head("torch linear_cross_entropy", _torch, 4, 3))
+    found.append(Head("torch linear_cross_entropy", _torch, 4, 3))
     if not torch.cuda.is_available():
         return found
     if _installed("cut_cross_entropy"):
@@ -56,8 +55,17 @@ def peers(size: str) -> list[Head]:
         found += [
             Head("Liger scaled CE", _liger_scaled, 4),
             Head("Liger scaled CE, chunks", _liger_chunks, 4),
-            Head("Liger FLCE, per token", _liger_fused("none"), 4, 3),
-            Head("Liger FLCE, sum only", _liger_fused("sum"), 3, 2, "ones", forward=False),
+            Head("Liger FLCE, per token", _liger_fused("none", 1), 4, 3),
+            Head("Liger FLCE, per token, chunks x 8", _liger_fused("none", 8), 4, 3),
+            Head("Liger FLCE, sum only", _liger_fused("sum", 1), 3, 2, "ones", forward=False),
+            Head(
+                "Liger FLCE, sum only, chunks x 8",
+                _liger_fused("sum", 8),
+                3,
+                0,
+                "ones",
+                forward=False,
+            ),
             Head("Liger GRPO head", _liger_grpo, 4, upstream="per sequence", forward=False),
         ]
     return found
@@ -75,6 +83,8 @@ def _trl(h, w, y, _):
 
 
 def _torch(h, w, y, _):
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has none; 2.13 does")
     from torch.nn import LinearCrossEntropyOptions
 
     options: Any = LinearCrossEntropyOptions()
@@ -107,13 +117,17 @@ def _liger_chunks(h, w, y, _):
     return -(found[0] if isinstance(found, tuple) else found)
 
 
-def _liger_fused(reduction: str):
-    def logp(h, w, y, _):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def _liger_fused(reduction: str, chunks: int):
+    """With d weight summed in float32, where its default is bfloat16, and larger chunks of tokens
+    than its default, for more memory."""
 
-        # float32: its default accumulates d weight in bfloat16
-        loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, accum_dtype=torch.float32)
-        return -loss(w, h, y)
+    def logp(h, w, y, _):
+        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+        options = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)
+        options += (False, False, False, None, None, chunks)
+        found: Any = Function.apply(h, w, y, *options)
+        return -found[0]
 
     return logp
 

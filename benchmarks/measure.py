@@ -19,7 +19,7 @@ import torch
 from common import CEILINGS, ceilings, device, machine, peak_memory_mb, reset_peak_memory, table
 from timing import Run, Times, at_most, replayed, timed, told, wall_ms
 
-FIRST_RUN_SECONDS = 60.0  # compilers and autotuning included
+FIRST_RUN_SECONDS = 45.0  # compilers and autotuning included
 DEVICE_LOST = 70  # exit code: nothing more can run in this process
 OUT_OF_TIME = "not measured: the time was over"
 

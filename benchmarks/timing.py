@@ -45,7 +45,8 @@ def timed(
     """Times of each, after a warm-up, in turns; `prepare` runs before each run, untimed.
 
     Fast ones run several times in a turn, so that each takes its share of the seconds. A slow one
-    runs once in each of the rounds, or, if the seconds are over, in at least three of them.
+    runs once in each of the rounds; when the seconds are over, in three of them, and when they are
+    over twice, in one.
     """
     prepare = prepare or {}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -54,7 +55,8 @@ def timed(
     share = 1000 * seconds / (rounds * max(len(runs), 1))
     turns = {name: min(max(int(share / max(ms, 1e-3)), 1), MOST) for name, ms in rest.items()}
     for done in range(rounds):
-        if done >= 3 and 0 < seconds and time.perf_counter() > end:
+        late = time.perf_counter() - end
+        if 0 < seconds and (done >= 3 and late > 0 or done and late > seconds):
             break
         for name, run in runs.items():
             times[name] += [_once(run, prepare.get(name)) for _ in range(turns[name])]
