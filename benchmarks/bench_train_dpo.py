@@ -156,8 +156,7 @@ def systems_of(name: str, pairs: list[Pair], args) -> list[System]:
     given = SHAPES[name], pairs, args.batch, args.precision
     found = [System("prefuse", searched, partial(run_prefuse, *given))]
     if not args.alone:
-        from trl import DPOTrainer  # noqa: F401  not within the time of the first setting
-
+        train_trl.load("DPOTrainer")
         micros = {"tiny": [4, 2], "7b": [4, 2, 8]}.get(name, [8, 4, 16, 2])
         searched = train_trl.stages(args.batch, micros, args.compile)
         found.append(System("TRL", searched, partial(run_trl, *given)))

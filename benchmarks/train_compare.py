@@ -36,16 +36,17 @@ def search(
     system: System, task: Task, until: float, within_gb: float | None, args
 ) -> list[Outcome]:
     """Outcomes of short runs, the best first: of those in `within_gb` if any is. What is not tried
-    before `until` is told as such, but for the first."""
+    before `until` is told as such; where nothing has worked, there is twice the time."""
     found: list[Outcome] = []
+    last = until + max(0.0, until - time.perf_counter())
     for stage in system.stages:
         ranked = _ranked(found, task, within_gb)
         best = ranked[0].setting if ranked and ranked[0].seconds else None
         for setting in stage(best):
             if any(x.setting == setting for x in found):
                 continue
-            worked = any(x.seconds for x in found)
-            if worked and time.perf_counter() > until:
+            late = until if any(x.seconds for x in found) else last
+            if found and time.perf_counter() > late:
                 nothing = float("nan")
                 found.append(Outcome(setting, [], nothing, nothing, nothing, "not tried: no time"))
                 continue

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -59,9 +61,14 @@ def stages(batch: int, micros: list[int], compiled: bool) -> list[Callable[[TRL 
 
 
 def _has(package: str) -> bool:
-    from importlib.util import find_spec
-
     return find_spec(package) is not None
+
+
+def load(trainer: str) -> None:
+    """Imports it, which takes seconds, before the first setting's time begins; if it cannot be,
+    every setting fails and says so."""
+    with contextlib.suppress(ImportError, RuntimeError):
+        getattr(import_module("trl"), trainer)
 
 
 def options(folder: str, setting: TRL, batch: int, clock: Clock, autocast: bool) -> dict[str, Any]:
