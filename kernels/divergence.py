@@ -182,7 +182,7 @@ def _backward(
         for number, (_, rows) in enumerate(runs):
             grad = _gradient_tile(heads, rows, columns, scratch)
             if d_hidden is not None:
-                add_product(d_hidden[number], grad, weight, None)
+                add_product(d_hidden[number], grad, weight)
             if weight_sum is not None:
                 weight_sum.add_product(grad.t(), weighted[number])
             if bias_sum is not None:

@@ -9,14 +9,13 @@ backward b read and b written.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .launch import _C, device_guard, next_power_of_2, stream_of, tl, triton
-from .logit_block import logit_block
+from .logit_block import LN2, LOG2E, logit_block
 from .token_stats import PARTS, Coefficients
 
 # A larger d raises the anchor, for two reasons: exp must not overflow, and the entropy is a
@@ -24,7 +23,6 @@ from .token_stats import PARTS, Coefficients
 MAX_EXPONENT = 10.0
 EXCLUDED = -200.0  # exp of it is 0 in float32, and it is finite: 0 * EXCLUDED is 0
 _MAX_EXPONENT, _EXCLUDED = tl.constexpr(MAX_EXPONENT), tl.constexpr(EXCLUDED)
-_LOG2E, _LN2 = tl.constexpr(1 / math.log(2)), tl.constexpr(math.log(2))
 FOLD_BLOCK = 4096
 FOLD_PROGRAMS = 1024  # enough to fill a GPU when there are few rows
 _C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -100,7 +98,7 @@ def _forward_kernel(
     raw_ptr += row * raw_stride
     target = tl.load(targets_ptr + row) - first_column
     anchor = tl.load(anchor_ptr + row)
-    rate = tl.load(inverse_temp_ptr + row) * _LOG2E
+    rate = tl.load(inverse_temp_ptr + row) * LOG2E
     begin = split * cols_per_split
     end = tl.minimum(begin + cols_per_split, n_cols)
     origin = anchor  # the anchor, raised by the shift
@@ -122,7 +120,7 @@ def _forward_kernel(
         if not whole:
             d = tl.where((columns < end) & (columns != target), d, _EXCLUDED)
         top = tl.max(d)
-        if top > _MAX_EXPONENT * _LOG2E:
+        if top > _MAX_EXPONENT * LOG2E:
             raised = origin + top / rate
             by = (raised - origin) * rate
             weight = tl.exp2(-by)
@@ -150,12 +148,12 @@ def _forward_kernel(
             )
     out = parts_ptr + split * N_PARTS * n_rows + row
     tl.store(out, tl.sum(sum_e))
-    tl.store(out + n_rows, (origin - anchor) * rate * _LN2)
+    tl.store(out + n_rows, (origin - anchor) * rate * LN2)
     if N_PARTS > 2:
-        tl.store(out + 2 * n_rows, sum_ed * _LN2)
-        tl.store(out + 3 * n_rows, sum_d * _LN2)
+        tl.store(out + 2 * n_rows, sum_ed * LN2)
+        tl.store(out + 3 * n_rows, sum_d * LN2)
         tl.store(out + 4 * n_rows, sum_ee)
-        tl.store(out + 5 * n_rows, max_d * _LN2)
+        tl.store(out + 5 * n_rows, max_d * LN2)
 
 
 @triton.jit
@@ -170,17 +168,17 @@ def _backward_kernel(
     columns = start + tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row) - first_column
     inverse_temp = tl.load(inverse_temp_ptr + row)
-    rate = inverse_temp * _LOG2E
+    rate = inverse_temp * LOG2E
     z, slope = logit_block(
         raw_ptr + row * raw_stride, bias_ptr, columns, columns < n_cols, scale, softcap,
         HAS_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
-    d = (z - tl.load(anchor_ptr + row)) * rate - tl.load(shift_ptr + row) * _LOG2E
+    d = (z - tl.load(anchor_ptr + row)) * rate - tl.load(shift_ptr + row) * LOG2E
     factor = inverse_temp * scale
     alpha = tl.load(alpha_ptr + row) * factor
     if HAS_BETA:
         d = tl.maximum(d, _EXCLUDED)
-        grad = tl.exp2(d) * (alpha + tl.load(beta_ptr + row) * factor * _LN2 * d)
+        grad = tl.exp2(d) * (alpha + tl.load(beta_ptr + row) * factor * LN2 * d)
     else:
         grad = tl.exp2(d) * alpha
     if (target >= start) & (target < start + BLOCK):

@@ -11,6 +11,7 @@ from .launch import choose_impl, expect
 from .tiled_head import Options, for_device
 from .vocab_shard import VocabShard
 
+TILED = ("triton", "cpu", "torch")  # implementations of every tiled head, best first
 DEFAULT_BUDGET = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -67,10 +68,11 @@ def head_options(
     softcap: float | None,
     impl: str,
     shard: VocabShard | None = None,
+    candidates: tuple[str, ...] = TILED,
 ) -> Options:
     if hidden.dtype == torch.float64 and impl == "auto":
         impl = "reference"
-    impl = choose_impl(impl, hidden.device, ("triton", "cpu", "torch"))
+    impl = choose_impl(impl, hidden.device, candidates)
     device = hidden.device.type
     if device == "cpu":
         dtype = torch.float32  # faster there than 16-bit GEMMs, and exact
@@ -79,3 +81,13 @@ def head_options(
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         )
     return Options(logit_scale, softcap, impl, dtype, shard)
+
+
+def check_fused(hidden: Tensor, weight: Tensor, options: Options) -> None:
+    """Tensor descriptors read 16-bit rows that begin at 16 bytes and lie one after another."""
+    remedy = "Pass impl='triton'"
+    expect(options.dtype.itemsize == 2, "hidden", "16 bits for impl='fused'", options.dtype, remedy)
+    expect(hidden.shape[1] % 8 == 0, "hidden", "H a multiple of 8", hidden.shape[1], remedy)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        whole = x.is_contiguous() and x.data_ptr() % 16 == 0
+        expect(whole, name, "contiguous rows that begin at 16 bytes", tuple(x.stride()), remedy)

@@ -84,6 +84,11 @@ def _obstacle(impl: str, device: torch.device, auto: bool) -> str | None:
         if device.type != "cuda" or torch.version.hip:
             return "it takes NVIDIA CUDA tensors; pass impl='auto'"
         return None if HAS_CUDA_EXTENSION else "reinstall prefuse with nvcc on PATH"
+    if impl == "fused":
+        hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+        if not hopper or torch.version.hip:
+            return "its tiles are for NVIDIA's Hopper; pass impl='triton'"
+        return _obstacle("triton", device, auto)
     if impl == "triton":
         if not HAS_TRITON:
             return "triton is not installed"

@@ -28,12 +28,20 @@ import torch
 from torch import Tensor
 
 from . import logp as logits_op
-from .head_plan import DEFAULT_BUDGET, check_head, head_options, needs_gradient, plan
+from .head_plan import (
+    DEFAULT_BUDGET,
+    check_fused,
+    check_head,
+    head_options,
+    needs_gradient,
+    plan,
+)
 from .launch import expect
 from .tiled_head import (
     Head,
     Options,
     Rows,
+    aligned_empty,
     anchor_logits,
     for_device,
     head_backward,
@@ -224,7 +232,7 @@ def _sum_over_ranks(head: Head, d_hidden: list[Tensor]) -> None:
 
 def _new_stash(head: Head, hidden: Tensor, n: int) -> Tensor:
     dtype = torch.float32 if hidden.dtype == head.options.dtype == torch.float32 else torch.bfloat16
-    return torch.empty((n, len(head.weight)), dtype=dtype, device=hidden.device)
+    return aligned_empty(n, len(head.weight), dtype, hidden.device)
 
 
 def _live(*grads: Tensor | None) -> Tensor:
@@ -267,7 +275,10 @@ def _settle(
     shard = None if group is None else as_shard(group, weight)
     vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
     inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
-    options = head_options(hidden, logit_scale, softcap, impl, shard)
+    impls = ("triton", "fused", "cpu", "torch")
+    options = head_options(hidden, logit_scale, softcap, impl, shard, impls)
+    if options.impl == "fused":
+        check_fused(hidden, weight, options)
     return options, inverse_temperature, most
 
 
@@ -301,7 +312,8 @@ def linear_logp(
         mode: "stash" keeps V elements a token until backward, "recompute" nothing, "auto" as many
             tokens as fit `budget_bytes`; `plan` tells beforehand what will be done.
         budget_bytes: for "auto"; 4 GiB on a GPU and 1 GiB on a CPU unless given.
-        impl: "auto", "reference", "torch", "cpu" or "triton".
+        impl: "auto", "reference", "torch", "cpu", "triton" (products by cuBLAS, folded a tile at a
+            time) or "fused" (GEMM 1 folds what it computes; 16-bit operands on NVIDIA's Hopper).
         group: a process group over whose ranks the vocabulary is split: `weight` and `bias` are
             this rank's entries, in the order of ranks, and get the gradients of these. The ranks
             give the same tokens and upstream gradients; with a VocabShard, which knows where the

@@ -1,17 +1,17 @@
-"""The Triton loads of a block of logits, final but for the temperature."""
+"""What the Triton kernels of logits share: a block loaded, made final but for the temperature."""
 
 from __future__ import annotations
 
+import math
+
 from .launch import tl, triton
+
+LOG2E, LN2 = tl.constexpr(1 / math.log(2)), tl.constexpr(math.log(2))  # exp2 is one instruction
 
 
 @triton.jit
-def logit_block(raw, bias, columns, inside, scale, softcap,
-                HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
-    """(raw + bias) x scale, softcapped, in float32; and the softcap's slope there."""
-    z = tl.load(raw + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0)
+def final_block(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z x scale, softcapped, in float32; and the softcap's slope there."""
     z *= scale
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
@@ -22,3 +22,13 @@ def logit_block(raw, bias, columns, inside, scale, softcap,
         slope = 1.0 - t * t
         z = t * softcap
     return z, slope
+
+
+@triton.jit
+def logit_block(raw, bias, columns, inside, scale, softcap,
+                HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
+    """(raw + bias), made final."""
+    z = tl.load(raw + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+    return final_block(z, scale, softcap, HAS_SOFTCAP)

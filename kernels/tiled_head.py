@@ -7,17 +7,20 @@ coefficients. linear_logp.py says what for and at what cost.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
+from .gemm_fold import Product, gemm_backward, gemm_forward
 from .token_stats import Coefficients, merge, target_anchor
 from .vocab_shard import VocabShard
 
 FORWARD_TILE = {"cpu": 2 << 20, "cuda": 32 << 20}  # bytes of float32 logits: a share of the cache
-BACKWARD_TILE = {"cpu": 16 << 20, "cuda": 512 << 20}  # larger: d hidden is summed over tiles
+BACKWARD_TILE = {"cpu": 16 << 20, "cuda": 256 << 20}  # larger: d hidden is summed over tiles
+CONVERTED_ENTRIES = 1 << 15  # of a weight wider than its products: converted so many at a time
 MAX_ROWS = 16384
 
 
@@ -64,21 +67,49 @@ def for_device(table: dict[str, int], device: torch.device) -> int:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with float32 accumulation and a float32 result, from operands of either width."""
+    """a @ b with float32 accumulation and a float32 result, from operands of either width; or a
+    result of the operands' width, rounded once, where `out` has it."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
+    if out is not None and out.dtype == a.dtype:
+        with _float32_sums():
+            return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@contextmanager
+def _float32_sums():
+    """Keeps cuBLAS from adding up parts of a product in 16 bits, as PyTorch lets it by default."""
+    flags, kinds = torch.backends.cuda.matmul, ("bf16", "fp16")
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in kinds]
+    before = [(getattr(flags, x), getattr(flags, f"{x}_split_k", None)) for x in names]
+    for name in names:
+        setattr(flags, name, False)
+    try:
+        yield
+    finally:
+        for name, (allowed, split) in zip(names, before, strict=True):
+            setattr(flags, name, allowed if split is None else (allowed, split))
 
 
 def column_tiles(vocab: int, rows: int, tile_bytes: int) -> Iterator[slice]:
     """Column tiles whose float32 logits for `rows` tokens fit `tile_bytes`; a power of 2 wide, so
     that a stored tile splits evenly into the fold's blocks."""
-    width = tile_width(rows, tile_bytes)
+    return slices(vocab, tile_width(rows, tile_bytes))
+
+
+def slices(vocab: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + width, vocab)) for start in range(0, vocab, width))
 
 
 def tile_width(rows: int, tile_bytes: int) -> int:
     return 1 << max(8, (tile_bytes // (4 * max(rows, 1))).bit_length() - 1)
+
+
+def aligned_empty(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, width] whose rows begin at 16 bytes, as the fast matrix products want it."""
+    step = 16 // dtype.itemsize
+    return torch.empty((rows, -(-width // step) * step), dtype=dtype, device=device)[:, :width]
 
 
 class Scratch:
@@ -98,6 +129,21 @@ def _block(head: Head, rows: Rows, columns: slice, out: Tensor) -> Logits:
     weight = head.weight[columns].to(head.options.dtype).t()
     return Logits(
         matmul(rows.hidden, weight, out),
+        rows.targets,
+        rows.anchor,
+        rows.inverse_temperature,
+        columns.start,
+        None if head.bias is None else head.bias[columns].float(),
+        head.options.logit_scale,
+        head.options.softcap,
+    )
+
+
+def _product(head: Head, rows: Rows, columns: slice) -> Product:
+    """The same tile as one product, whose logits are never written."""
+    return Product(
+        rows.hidden,
+        head.weight[columns].to(head.options.dtype),
         rows.targets,
         rows.anchor,
         rows.inverse_temperature,
@@ -134,6 +180,21 @@ def _held(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def head_forward(head: Head, rows: Rows, n_parts: int) -> Tensor:
     """Row sums [n_parts, n]; fills `rows.kept` with E, 0 at the target."""
+    by_tile = _fused_parts if head.options.impl == "fused" else _folded_parts
+    parts, width = by_tile(head, rows, n_parts)
+    sums = merge(parts)
+    if head.options.shard is not None:
+        sums, others = head.options.shard.merged(sums)
+        parts = torch.cat([parts, others])  # their columns are not here, but their shifts count
+    if rows.kept is not None:
+        impl = "triton" if head.options.impl == "fused" else head.options.impl
+        reanchor(impl, rows.kept, parts, width)
+    return sums
+
+
+def _folded_parts(head: Head, rows: Rows, n_parts: int) -> tuple[Tensor, int]:
+    """Sums of parts of the vocabulary [parts, n_parts, n], and the columns of a stored part: each
+    tile of logits is written, in float32, and folded while it is in the cache."""
     n, vocab = len(rows.targets), len(head.weight)
     tile_bytes = for_device(FORWARD_TILE, rows.hidden.device)
     width = tile_width(n, tile_bytes)
@@ -147,46 +208,58 @@ def head_forward(head: Head, rows: Rows, n_parts: int) -> Tensor:
         parts.append(fold_forward(head.options.impl, block, n_parts, store))
         if store is None and len(parts) == 16:  # only E, once stored, needs the parts apart
             parts = [merge(torch.cat(parts))[None]]
-    parts = torch.cat(parts) if parts else rows.anchor.new_zeros((1, n_parts, n))
-    sums = merge(parts)
-    if head.options.shard is not None:
-        sums, others = head.options.shard.merged(sums)
-        parts = torch.cat([parts, others])  # their columns are not here, but their shifts count
-    if rows.kept is not None:
-        reanchor(
-            head.options.impl,
-            rows.kept,
-            parts,
-            min(width, FOLD_BLOCK) if head.options.impl == "triton" else width,
-        )
-    return sums
+    found = torch.cat(parts) if parts else _no_parts(rows, n_parts)
+    return found, min(width, FOLD_BLOCK) if head.options.impl == "triton" else width
+
+
+def _fused_parts(head: Head, rows: Rows, n_parts: int) -> tuple[Tensor, int]:
+    """As `_folded_parts`, by products that fold what they compute."""
+    vocab = len(head.weight)
+    alike = head.weight.dtype == head.options.dtype
+    found, width = [], 1
+    for columns in slices(vocab, max(vocab, 1) if alike else CONVERTED_ENTRIES):
+        store = None if rows.kept is None else rows.kept[:, columns]
+        parts, width = gemm_forward(_product(head, rows, columns), n_parts, store)
+        found.append(parts)
+    return torch.cat(found) if found else _no_parts(rows, n_parts), width
+
+
+def _no_parts(rows: Rows, n_parts: int) -> Tensor:
+    """The sums of no entries, of a rank that holds none."""
+    return rows.anchor.new_zeros((1, n_parts, len(rows.targets)))
 
 
 def _gradient_tile(
     head: Head, rows: Rows, c: Coefficients, columns: slice, plain: bool, scratch: Scratch
-) -> tuple[Tensor, Tensor | None]:
-    """d loss / d raw logits [n, v] in the GEMM dtype, up to a factor [n, 1] (None: no factor)."""
+) -> Tensor:
+    """d loss / d raw logits [n, v] in the GEMM dtype, up to `_row_factor`."""
+    n, dtype = len(rows.targets), head.options.dtype
+    if rows.kept is None and head.options.impl == "fused":
+        grad = aligned_empty(n, columns.stop - columns.start, dtype, rows.hidden.device)
+        gemm_backward(_product(head, rows, columns), c, grad)
+        return grad
     if rows.kept is None:
-        block = _block(head, rows, columns, scratch.tile(len(rows.targets), columns))
-        grad = (
-            block.raw
-            if head.options.dtype == torch.float32
-            else block.raw.new_empty(block.raw.shape, dtype=head.options.dtype)
-        )
+        block = _block(head, rows, columns, scratch.tile(n, columns))
+        grad = block.raw if dtype == torch.float32 else torch.empty_like(block.raw, dtype=dtype)
         fold_backward(head.options.impl, block, c, grad)
-        return grad, None
+        return grad
     e = rows.kept[:, columns]
     if plain:  # the target's -S is in E already
-        return e.to(head.options.dtype), (
-            c.alpha * rows.inverse_temperature * head.options.logit_scale
-        )[:, None]
+        return e.to(dtype)
     e = e.float()
     grad = e * c.alpha[:, None]
     if c.beta is not None:
         grad.addcmul_(torch.special.xlogy(e, e), c.beta[:, None])
     _at_target(grad, rows.targets - columns.start, c.gamma * _target_slope(head, rows))
     grad *= (rows.inverse_temperature * head.options.logit_scale)[:, None]
-    return grad.to(head.options.dtype), None
+    return grad.to(dtype)
+
+
+def _row_factor(head: Head, rows: Rows, c: Coefficients, plain: bool) -> Tensor | None:
+    """What d loss / d logits [n, 1] still is to be multiplied by: all of it where E is kept."""
+    if rows.kept is None or not plain:
+        return None
+    return (c.alpha * rows.inverse_temperature * head.options.logit_scale)[:, None]
 
 
 def _target_slope(head: Head, rows: Rows) -> Tensor | float:
@@ -211,54 +284,76 @@ def head_backward(
     d_bias: Tensor | None,
     accumulate: bool = False,
 ) -> None:
-    """Adds to d_hidden (a float32 [n, H] per run); writes, or adds to, d_weight [V, H] and
+    """Fills d_hidden (zeros, a float32 [n, H] per run); writes, or adds to, d_weight [V, H] and
     d_bias [V].
 
     The vocabulary is the outer loop: a tile of d_weight is summed over the runs in float32 and
     written once. `plain`: only logp has an upstream gradient.
     """
     longest = max((len(rows.targets) for rows, _ in runs), default=0)
-    vocab, device = len(head.weight), head.weight.device
+    vocab, device, dtype = len(head.weight), head.weight.device, head.options.dtype
+    written = len(runs) == 1 and not accumulate  # a tile of d_weight in one product
     tile_bytes = for_device(BACKWARD_TILE, device)
+    width = min(tile_width(longest, tile_bytes), vocab)
+    if plain and d_bias is None and _takes_no_memory(head, runs, d_weight, written):
+        width = vocab
     again = max((len(rows.targets) for rows, _ in runs if rows.kept is None), default=0)
-    scratch = Scratch(again, min(tile_width(longest, tile_bytes), vocab), device)
-    for columns in column_tiles(vocab, longest, tile_bytes):
-        weight = head.weight[columns].to(head.options.dtype)
-        weight_sum = None if d_weight is None else RunningSum(d_weight[columns], accumulate)
+    scratch = Scratch(0 if head.options.impl == "fused" else again, width, device)
+    factors = [_row_factor(head, rows, c, plain) for rows, c in runs]
+    for columns in slices(vocab, max(width, 1)):
+        weight = head.weight[columns].to(dtype)
+        weight_sum = None
+        if d_weight is not None:
+            weight_sum = RunningSum(d_weight[columns], accumulate, written, dtype)
         bias_sum = None if d_bias is None else RunningSum(d_bias[columns], accumulate)
         for index, (rows, c) in enumerate(runs):
-            grad, factor = _gradient_tile(head, rows, c, columns, plain, scratch)
+            grad, factor = _gradient_tile(head, rows, c, columns, plain, scratch), factors[index]
             if d_hidden is not None:
-                add_product(d_hidden[index], grad, weight, factor)
+                add_product(d_hidden[index], grad, weight)
             if weight_sum is not None:
-                hidden = (
-                    rows.hidden if factor is None else (rows.hidden * factor).to(head.options.dtype)
-                )
+                hidden = rows.hidden if factor is None else (rows.hidden * factor).to(dtype)
                 weight_sum.add_product(grad.t(), hidden)
             if bias_sum is not None:
                 bias_sum.add((grad if factor is None else grad * factor).sum(0).float())
         for total in (weight_sum, bias_sum):
             if total is not None:
                 total.write()
+    for total, factor in zip(d_hidden or (), factors, strict=d_hidden is not None):
+        if factor is not None:
+            total.mul_(factor)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
-    """total += factor * (a @ b), in float32."""
-    if factor is not None:
-        total.addcmul_(matmul(a, b), factor)
-    elif a.dtype == torch.float32:
+def _takes_no_memory(head: Head, runs, d_weight: Tensor | None, written: bool) -> bool:
+    """Whether gradients are products of tensors that are there, so that tiles save nothing."""
+    dtype = head.options.dtype
+    kept = all(rows.kept is not None and rows.kept.dtype == dtype for rows, _ in runs)
+    at_once = d_weight is None or d_weight.dtype == torch.float32 or written
+    return kept and at_once and head.weight.dtype == dtype
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32."""
+    if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
-        total.add_(matmul(a, b))
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class RunningSum:
-    """A float32 running sum whose first term needs no zeros, written to `out` once."""
+    """A float32 running sum whose first term needs no zeros, written to `out` once. `single`: it
+    has one term, a product of matrices of `dtype`, which goes into `out` of that dtype itself."""
 
-    def __init__(self, out: Tensor, accumulate: bool):
+    def __init__(
+        self,
+        out: Tensor,
+        accumulate: bool,
+        single: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.out, self.accumulate = out, accumulate
         in_place = out.dtype == torch.float32
-        self.total = out if in_place else torch.empty_like(out, dtype=torch.float32)
+        direct = in_place or (single and out.dtype == dtype)
+        self.total = out if direct else torch.empty_like(out, dtype=torch.float32)
         self.empty = not (in_place and accumulate)
 
     def add(self, term: Tensor) -> None:
@@ -269,7 +364,7 @@ class RunningSum:
         if self.empty:
             matmul(a, b, self.total)
         else:
-            add_product(self.total, a, b, None)
+            add_product(self.total, a, b)
         self.empty = False
 
     def write(self) -> None:

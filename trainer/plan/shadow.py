@@ -195,10 +195,10 @@ class _Head(torch.autograd.Function):
             held = [torch.empty(width * run if len(ctx.kept) < work.tokens else 0)]
             if weight.dtype != operand.dtype:
                 held.append(torch.empty((width, weight.shape[1]), dtype=operand.dtype))
-            if weight.dtype != torch.float32:  # a tile's sum
+            at_once = weight.dtype == operand.dtype and run == work.tokens
+            if weight.dtype != torch.float32 and not at_once:  # a tile's sum
                 held.append(torch.empty((width, weight.shape[1])))
             held.append(torch.empty_like(operand[:run]))  # times a factor a token
-            held.append(torch.empty(rows[:run].shape))  # a tile's product
             del held, operand
             out = torch.zeros_like(rows)
             del d_hidden
