@@ -22,6 +22,8 @@ from timing import Run, Times, at_most, replayed, timed, told, wall_ms
 FIRST_RUN_SECONDS = 45.0  # compilers and autotuning included
 DEVICE_LOST = 70  # exit code: nothing more can run in this process
 OUT_OF_TIME = "not measured: the time was over"
+LATE = 25.0  # seconds beyond its time in which a process still measures what is ours
+BRIEFLY = 0.5
 
 
 class Method(NamedTuple):
@@ -66,7 +68,8 @@ def _bytes_of(out: Any) -> float:
 
 
 def rows_of(case: Case, seconds: float, progress: Progress | None = None) -> list[dict]:
-    """A row for each method of the case, measured in about so many seconds."""
+    """A row for each method of the case, measured in about so many seconds; if there are none, ours
+    are measured all the same, as briefly as can be."""
     progress = progress or Progress()
     methods = case.methods()
     rows: dict[str, dict[str, Any]] = {}
@@ -75,11 +78,14 @@ def rows_of(case: Case, seconds: float, progress: Progress | None = None) -> lis
         if (case.name, method.name) in progress.without:
             row["error"] = "took its process with it"
             continue
+        if seconds <= 0 and not method.ours:
+            row["error"] = OUT_OF_TIME
+            continue
         progress.doing(case.name, method.name)
         row |= _checked(method)
     good = [m for m in methods if "error" not in rows[m.name]]
     progress.doing(case.name, "")
-    for method, found in _timed(good, case, seconds):
+    for method, found in _timed(good, case, max(seconds, BRIEFLY)):
         row = rows[method.name]
         row |= found
         if "ms" in row:
@@ -225,7 +231,7 @@ def measure(
     for number, case in enumerate(todo):
         left = end - time.perf_counter()
         label = {**case.columns, case.label: ""}
-        if left <= 0:
+        if left <= -LATE:
             record.sections[case.name] = [label | {"error": OUT_OF_TIME}]
             continue
         share = case.weight / sum(other.weight for other in todo[number:])

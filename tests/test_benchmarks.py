@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: clock, oracle, targets, tables, and processes that may die."""
+"""The benchmarks' own parts: the clock, the oracle, a case, and processes that may die."""
 
 from __future__ import annotations
 
@@ -282,12 +282,21 @@ def test_a_benchmark_that_is_not_over_is_ended_and_keeps_what_it_found(tmp_path,
     assert not worker.exists() or worker.read_text().split()[2] == "Z"
 
 
-def test_what_the_time_does_not_suffice_for_is_told(ceilings):
+def test_what_the_time_does_not_suffice_for_is_told_and_ours_measured(ceilings):
     measure = module("measure")
+
+    def made(name, ours):
+        return measure.Method(name, lambda: 0, lambda out: {}, {}, ours)
+
+    methods = [made("prefuse", True), made("peer", False)]
+    case = measure.Case("c", lambda: methods, {"N": 3}, 1.0)
     record = measure.Record(None)
-    case = measure.Case("c", lambda: [], {"N": 3})
     assert measure.measure([case], 0.0, record, frozenset()) == 0
-    assert record.sections["c"][0]["error"] == measure.OUT_OF_TIME
+    ours, peer = record.sections["c"]
+    assert ours["ms"] >= 0 and "ms" not in peer and peer["error"] == measure.OUT_OF_TIME
+    record = measure.Record(None)
+    assert measure.measure([case], -60.0, record, frozenset()) == 0
+    assert record.sections["c"] == [{"N": 3, "method": "", "error": measure.OUT_OF_TIME}]
 
 
 @pytest.mark.full
@@ -305,105 +314,3 @@ def test_run_measures_and_merges(tmp_path, monkeypatch, capsys):
     assert "targets" not in result  # they are for an H200
     assert "## logp" in path.with_suffix(".md").read_text()
     assert "FAILED" not in capsys.readouterr().out
-
-
-def head_row(method: str, ms: float, **more) -> dict:
-    row = {"pass": "forward + backward", "N": 8192, "H": 4096, "V": 128256, "method": method}
-    return row | {"weight": "float32", "token gradients": "any", "ms": ms, "max error": 1e-6} | more
-
-
-def result_of(device: str) -> dict:
-    head = [
-        head_row("prefuse stash", 38.0),
-        head_row("prefuse stash", 35.0, weight="bfloat16"),
-        head_row("prefuse recompute", 49.0, **{"extra MB": 500.0}),
-        head_row("naive logits", 60.0, weight="bfloat16"),
-        head_row("TRL fused head", 76.0),
-        head_row("Liger", 20.0, **{"token gradients": "ones"}),
-        head_row("CCE", 20.0, wrong="d weight off 3.0e-01 > 1e-01"),
-    ]
-    advantage = [
-        {"op": "gae", "sequences": 1024, "tokens": 1 << 23, "impl": "cuda", "ms": 0.040},
-        {"op": "gae", "sequences": 1024, "tokens": 1 << 23, "impl": "padded loop", "ms": 400.0},
-        {"op": "ragged gae", "sequences": 9, "tokens": 1 << 22, "impl": "cuda", "ms": 0.036},
-    ]
-    policy = [
-        {"loss": "ppo", "KL": False, "method": "prefuse", "ms": 0.015},
-        {"loss": "ppo", "KL": False, "method": "eager (TRL's formula)", "ms": 0.165},
-    ]
-    training = [
-        {"part": "measured", "task": "DPO 1.5b", "system": "prefuse", "real tokens/s": 9.0}
-        | {"MFU": 0.44},
-        {"part": "measured", "task": "DPO 1.5b", "system": "TRL", "real tokens/s": 3.0},
-        {"part": "ratio", "task": "DPO 1.5b", "system": "prefuse / TRL", "real tokens/s": 3.0}
-        | {"peak GB": 0.5},
-    ]
-    sections = {"linear_logp": head, "advantage": advantage, "policy": policy}
-    return {"machine": {"device": device}, "results": sections | {"train_dpo": training}}
-
-
-def test_targets_are_judged_by_the_rows():
-    targets = module("targets")
-    found = {row["what"]: row for row in targets.judged(result_of("NVIDIA H200"))}
-    judged = {what: (row["measured"], row["met"]) for what, row in found.items()}
-    head, over_peers, *_ = found.values()
-    assert (head["measured"], head["met"]) == (38.0, "no")
-    assert head["missed by %"] == pytest.approx(100 / 37)
-    assert (over_peers["measured"], over_peers["met"]) == (2.0, "yes")  # 76 / 38
-    assert judged["recompute"] == (49.0, "yes")
-    assert judged["its memory beyond inputs and gradients"] == (500.0, "yes")
-    ragged = found["GAE of ragged lengths over that of even ones, a token"]
-    assert ragged["measured"] == pytest.approx(1.8) and ragged["missed by %"] == pytest.approx(20)
-    assert judged["its speed over eager"] == (pytest.approx(11.0), "yes")
-    assert judged["DPO step, 1.5b: real tokens/s over TRL's"] == (3.0, "yes")
-    assert found["its MFU on real tokens"]["missed by %"] == pytest.approx(100 * (0.45 / 0.44 - 1))
-    assert judged["forward only"] == (None, "not measured")
-    assert targets.judged(result_of("NVIDIA A100")) == []
-
-
-def test_every_target_names_a_case_that_is_measured():
-    """The selectors against the columns of the cases that a GPU runs."""
-    bench = {name: module(f"bench_{name}") for name in ("linear_logp", "logp", "divergence")}
-    results: dict[str, list] = {}
-    for name, found in bench.items():
-        results[name] = [
-            case.columns
-            | {case.label: who, "weight": "float32", "ms": 1.0, "max error": 0.0}
-            | {"extra MB": 1.0, "token gradients": "any"}
-            for case in found.cases("cuda")
-            for who in ("prefuse stash", "prefuse recompute", "triton", "TRL")
-        ]
-    for name, ours, other in (
-        ("policy", "prefuse", "eager (TRL's formula)"),
-        ("advantage", "cuda", "x"),
-    ):
-        results[name] = [
-            case.columns | {case.label: who, "ms": 1.0}
-            for case in module(f"bench_{name}").cases("cuda")
-            for who in (ours, other)
-        ]
-    for row in module("targets").judged({"machine": {"device": "H200"}, "results": results}):
-        measured = row["met"] != "not measured"
-        of_training = "TRL's" in row["what"] or "MFU" in row["what"]
-        assert measured != of_training, row
-
-
-def test_the_readme_gets_a_gpu_table_from_its_result(tmp_path, monkeypatch):
-    readme_table, gpu = module("readme_table"), module("readme_gpu")
-    readme = (ROOT / "README.md").read_text()
-    assert readme_table.written(readme) == readme
-    for path in readme_table.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    path = tmp_path / "kernels-nvidia-h200.json"
-    path.write_text(json.dumps(result_of("NVIDIA H200")))
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
-    one = readme_table.written(readme)
-    block = gpu.table(json.loads(path.read_text()))
-    assert f"\n\n{block}\n" in one and one.count("| prefuse |") == 2
-    assert "| **38** | 76 (TRL fused head) | 60 |" in block
-    assert "real tokens/s | **9** | 3 (TRL) |  |" in block
-    assert "| **40** |  | 400000 |" in block
-    assert readme_table.written(one) == one
-    path.write_text(json.dumps(result_of("NVIDIA H200 NVL")))
-    other = readme_table.written(one)
-    assert "NVIDIA H200 NVL, bfloat16" in other and other.count("| prefuse |") == 2
