@@ -12,6 +12,7 @@ from prefuse.kernels.launch import expect
 from prefuse.kernels.prefix import PrefixTable
 
 ATTENTION = "prefuse"
+MASKLESS = "prefuse_maskless"  # the same, for models of which it is known that they need no mask
 
 
 @torch.compiler.disable  # one opaque op to torch.compile: its loop over segments is not for tracing
@@ -114,5 +115,13 @@ def packed_attention_mask(
     raise ValueError(f"packed attention: {reason}, or use model.set_attn_implementation('sdpa')")
 
 
-AttentionInterface.register(ATTENTION, packed_attention_forward)
+def ask_for_no_mask(model) -> None:
+    """After a forward pass whose mask said nothing, as ours always says: transformers, to make the
+    next one, would wait for the GPU to look whether rows are packed."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation(MASKLESS)
+
+
+for name in (ATTENTION, MASKLESS):
+    AttentionInterface.register(name, packed_attention_forward)
 AttentionMaskInterface.register(ATTENTION, packed_attention_mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prefuse.kernels.objective import Unit
 from prefuse.kernels.prefix import PrefixTable, prefix_table
+from prefuse.kernels.segments import segment_ids
 
 from .data import Example, common_prefix
 
@@ -33,6 +34,7 @@ class PackedBatch:
     targets: Tensor  # [M] int64
     score_cu_seqlens: Tensor  # [Q + 1] int32
     examples: Tensor  # [E] int64: the rows these sequences come from
+    indices: tuple[int, ...]  # the same, on the host
     judged: Tensor  # [E, columns]: numbers of those rows, for losses that read them
     columns: dict[str, Tensor]  # [M] each: numbers of the scored tokens; {} without examples
     prefix: PrefixTable
@@ -57,13 +59,26 @@ class PackedBatch:
         return counts[unit]
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name != "parent"
-        }
-        moved["columns"] = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
-        return replace(self, **moved, prefix=self.prefix.to(device))
+        """On a GPU without waiting for it: from memory that it reads by itself."""
+        own = self if device.type == "cpu" else self._pinned()
+        moved = {k: v.to(device, non_blocking=True) for k, v in own._tensors().items()}
+        columns = {k: v.to(device, non_blocking=True) for k, v in own.columns.items()}
+        return replace(self, **moved, columns=columns, prefix=own.prefix.to(device))
+
+    def _pinned(self) -> PackedBatch:
+        table = self.prefix._asdict().items()
+        prefix = {k: v.pin_memory() for k, v in table if isinstance(v, Tensor)}
+        return replace(
+            self,
+            **{k: v.pin_memory() for k, v in self._tensors().items()},
+            columns={k: v.pin_memory() for k, v in self.columns.items()},
+            prefix=self.prefix._replace(**prefix),
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that travel, but for columns and the prefix table."""
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in every.items() if isinstance(v, Tensor) and k != "parent"}
 
 
 def pack(examples: list[Example], share: bool = True) -> PackedBatch:
@@ -114,6 +129,7 @@ def pack(examples: list[Example], share: bool = True) -> PackedBatch:
             np.cumsum([0, *(len(positions) for _, positions, _ in scored)]).astype(np.int32)
         ),
         examples=torch.tensor([e.index for e in examples], dtype=torch.int64),
+        indices=tuple(e.index for e in examples),
         judged=torch.tensor([e.judged for e in examples], dtype=torch.float32),
         columns={
             name: torch.from_numpy(np.concatenate([e.columns[name] for e in examples]))
@@ -159,10 +175,12 @@ def pad(batch: PackedBatch, pad_token_id: int) -> Padded:
     """Right-pads the segments of a batch packed with `share=False`."""
     if bool((batch.parent >= 0).any()):
         raise ValueError("batch: wanted one packed with share=False; got shared prefixes")
-    lengths = batch.cu_seqlens.diff().long()
-    longest = int(lengths.max())
-    column = torch.arange(longest, device=lengths.device)
-    mask = column < lengths[:, None]
-    input_ids = torch.full(mask.shape, pad_token_id, device=lengths.device)
-    input_ids[mask] = batch.tokens
-    return Padded(input_ids, mask.long(), mask.flatten().nonzero().squeeze(1))
+    bounds, longest, device = batch.cu_seqlens, batch.prefix.max_segment, batch.tokens.device
+    place = torch.arange(len(batch.tokens), device=device)
+    segment = segment_ids(bounds, len(batch.tokens))
+    rows = place + segment * longest - bounds[:-1].long()[segment]
+    shape = len(bounds) - 1, longest
+    mask = torch.arange(longest, device=device) < bounds.diff()[:, None]
+    input_ids = torch.full(shape, pad_token_id, device=device)
+    input_ids.view(-1)[rows] = batch.tokens
+    return Padded(input_ids, mask.long(), rows)

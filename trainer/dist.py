@@ -28,11 +28,15 @@ class Ranks:
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums a float64 tensor over ranks."""
+        """Sums a float64 tensor over ranks; on the CPU."""
+        return self.summed(values).cpu()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The same on the ranks' device, which is not waited for."""
         if self.world > 1:
-            values = values.to(self.device if self.device.type == "cuda" else "cpu")
+            values = values.to(self.device)
             dist.all_reduce(values)
-        return values.cpu()
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; every rank gets the same answer."""

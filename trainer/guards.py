@@ -24,8 +24,8 @@ ROLL_CALL = 10  # seconds to wait for other ranks' names when one is lost
 
 def finite(losses: list[Tensor], grad_norm: Tensor, ranks: Ranks) -> bool:
     """Asked before the update that would spoil the weights; every rank sees the same answer."""
-    bad = sum((~torch.isfinite(x)).double().sum() for x in (*losses, grad_norm))
-    return not ranks.any(bool(bad))
+    bad = torch.as_tensor(sum((~torch.isfinite(x)).double() for x in (*losses, grad_norm)))
+    return not ranks.total(bad.reshape(1)).item()
 
 
 def not_finite(

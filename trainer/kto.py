@@ -103,7 +103,7 @@ def method(
         if "label" in given:
             given["label"] = given["label"] > 0
         if shift is not None:
-            given["shift"] = shift.value().to(logp.device)
+            given["shift"] = shift.value()
         found = unpaired_loss(
             logp, loss_type=loss_type, ref_logp=reference(batch), **given, **hyperparameters
         )
@@ -132,7 +132,7 @@ def dro(reference: Reference, examples: list[Example], hyperparameters: dict[str
 
     def objective(both: ActorCritic, batch: PackedBatch) -> Objective:
         logp = sequence_logps(both.actor, batch)
-        prompts = [up_to_prompt(examples[i]) for i in batch.examples.tolist()]
+        prompts = [up_to_prompt(examples[i]) for i in batch.indices]
         value = both.critic(pack(prompts, share=False).to(batch.tokens.device))
         paced = logp.detach() + (logp - logp.detach()) / hyperparameters["tau"]
         found = unpaired_loss(
@@ -156,21 +156,24 @@ def divergence(
     A first pass without gradients takes it, over ranks and micro-batches: a completion's partner
     is one of the step's, so that no split of the rows changes it.
     """
-    total = torch.zeros(3, dtype=torch.float64)  # log-ratios, how many, of how many rows
+    # log-ratios, how many, of how many rows
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
 
     @torch.no_grad()
     def take(scorer: Any, batches: list[PackedBatch]) -> None:
-        mine = [batch.examples.tolist() for batch in batches]
+        mine = [batch.indices for batch in batches]
         step = gathered([i for rows in mine for i in rows], ranks)
         found = partners([prompt_of(examples[i]).tobytes() for i in step])
         other = {i: examples[step[k]] for i, k in zip(step, found, strict=True) if k is not None}
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros_like(total)
         for rows, batch in zip(mine, batches, strict=True):
             mixed = [mismatched(examples[i], other[i], max_length) for i in rows if i in other]
             packed = pack(mixed, share=False).to(batch.tokens.device)
             ratio = sequence_logps(scorer, packed) - reference(packed)
-            sums += torch.tensor([float(ratio.double().sum()), len(mixed), len(rows)])
-        total.copy_(ranks.total(sums))
+            sums[0] += ratio.double().sum()
+            sums[1] += len(mixed)
+            sums[2] += len(rows)
+        total.copy_(ranks.summed(sums))
 
     return Shift(
         value=lambda: total[0] / total[1].clamp(min=1),
@@ -187,7 +190,7 @@ def moving_average(ranks: Ranks) -> Shift:
 
     They are those of the steps before, so that no pass more is needed; 0 before the first.
     """
-    module = _Averages()
+    module = _Averages().to(ranks.device)
     sums: list[Tensor] = []
 
     def observe(rewards: Tensor, label: Tensor) -> None:
@@ -196,7 +199,7 @@ def moving_average(ranks: Ranks) -> Shift:
         sums.append(torch.stack([part.sum() for part in parts]))
 
     def after_step(done: int) -> None:
-        total, count = ranks.total(torch.stack(sums).sum(0)).view(2, 2)
+        total, count = ranks.summed(torch.stack(sums).sum(0)).view(2, 2)
         new, share = total / count.clamp(min=1), 1 - DECAY * (module.seen > 0).double()
         module.means.copy_(torch.where(count > 0, module.means.lerp(new, share), module.means))
         module.seen.add_(count)
@@ -235,6 +238,6 @@ def gathered(own: list[int], ranks: Ranks) -> list[int]:
 
 def _by_label(name: str, values: Tensor, label: Tensor) -> dict[str, Mean]:
     return {
-        f"{name}/{side}": Mean(values[which].sum(), which.sum())
+        f"{name}/{side}": Mean(torch.where(which, values, 0.0).sum(), which.sum())
         for side, which in (("chosen", label), ("rejected", ~label))
     }

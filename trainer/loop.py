@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
 from .activations import offloaded
-from .batch import pack
+from .batch import PackedBatch, pack
 from .data import Example
 from .dist import Ranks
 from .guards import finite, interruptible, naming_lost_ranks, not_finite
@@ -59,10 +59,15 @@ def train(
         naming_lost_ranks(ranks, lambda: f"step {step + 1}"),
     ):
         bar = progress.add_task("training", total=schedule.total_steps, completed=start, status="")
-        for step in range(start, schedule.total_steps):  # noqa: B007  told where a rank is lost
-            micro_batches = schedule.step(step)
-            losses = backward(config, method, scorer, micro_batches, ranks, meter)
+        ahead = None
+        for step in range(start, schedule.total_steps):
+            micro_batches, batches = ahead or (schedule.step(step), None)
+            losses = backward(config, method, scorer, micro_batches, ranks, meter, batches)
             grad_norm = clip(scorer, config)
+            ahead = None
+            if schedule.known_ahead and step + 1 < schedule.total_steps:  # as the GPU works
+                rows = schedule.step(step + 1)
+                ahead = rows, packed(config, rows, ranks)
             if not finite(losses, grad_norm, ranks):
                 again = partial(gradient_norm, config, method, scorer, ranks)
                 raise not_finite(step, losses, grad_norm, micro_batches, again, ranks)
@@ -97,13 +102,23 @@ def train(
             checkpoints.poll(done, wait=done == schedule.total_steps)
 
 
+def packed(config, micro_batches: list[list[Example]], ranks: Ranks) -> list[PackedBatch]:
+    """On this rank's device."""
+    return [pack(rows, config.layout == "shared").to(ranks.device) for rows in micro_batches]
+
+
 def backward(
-    config, method: Method, scorer: nn.Module, micro_batches: list[list[Example]], ranks, meter
+    config,
+    method: Method,
+    scorer: nn.Module,
+    micro_batches: list[list[Example]],
+    ranks: Ranks,
+    meter: Meter,
+    batches: list[PackedBatch] | None = None,
 ) -> list[torch.Tensor]:
     """Leaves on the parameters the gradient of the mean loss over all ranks and micro-batches;
-    returns this rank's losses, summed by micro-batch."""
-    share = config.layout == "shared"
-    batches = [pack(rows, share).to(ranks.device) for rows in micro_batches]
+    returns this rank's losses, summed by micro-batch. batches: the micro-batches, if packed."""
+    batches = batches or packed(config, micro_batches, ranks)
     units = global_units(method, batches, ranks)
     with autocast(config, ranks):
         method.before_step(scorer, batches)

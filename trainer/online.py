@@ -203,6 +203,8 @@ class OnlineSchedule:
     num_iterations times.
     """
 
+    known_ahead = False
+
     def __init__(
         self,
         config: OnlineConfig,

@@ -193,16 +193,24 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         names = self.ranks.union(self.sums)  # a reward's own metrics may be of one rank alone
-        packed = [torch.as_tensor(self.sums.get(n, 0.0)).cpu() for n in names] + [
-            torch.as_tensor(self.counts.get(n, 0)).cpu() for n in names
-        ]
-        packed = torch.stack([x.double() for x in (*packed, torch.tensor(float(self.tokens)))])
+        found = [known.get(n, 0) for known in (self.sums, self.counts) for n in names]
+        packed = _on_host([*found, self.tokens], self.ranks.device)
         totals = self.ranks.total(packed).tolist()
         sums, counts, tokens = totals[: len(names)], totals[len(names) : -1], totals[-1]
         values = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
         values["num_tokens"] = tokens
         values["tokens_per_second"] = tokens / (time.perf_counter() - self.started)
         return {**values, **peak_memory()}
+
+
+def _on_host(numbers: list[torch.Tensor | int], device: torch.device) -> torch.Tensor:
+    """[n] float64, by one copy of those that are on the device."""
+    there = [i for i, x in enumerate(numbers) if isinstance(x, torch.Tensor) and x.device == device]
+    known = [0.0 if i in there else float(x) for i, x in enumerate(numbers)]
+    host = torch.tensor(known, dtype=torch.float64)
+    if there:
+        host[there] = torch.stack([torch.as_tensor(numbers[i]).double() for i in there]).cpu()
+    return host
 
 
 def peak_memory() -> dict[str, float]:

@@ -166,8 +166,7 @@ def method(loss_type: str, hyperparameters: dict[str, Any], ranks: Ranks, widest
     @torch.no_grad()
     def take_moments(scorer: Any, batches: list[PackedBatch]) -> None:
         parts = [reward.odin_moments(*_odin_inputs(read(scorer, batch))) for batch in batches]
-        total = ranks.total(torch.stack(parts).double().sum(0))
-        step["moments"] = total.to(ranks.device)
+        step["moments"] = ranks.summed(torch.stack(parts).double().sum(0))
 
     found = Method(objective, UNITS[FORMATS[loss_type]])
     return found._replace(before_step=take_moments) if loss_type == "odin" else found

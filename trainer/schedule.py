@@ -24,6 +24,7 @@ class Steps(Protocol):
 
     steps_per_epoch: int
     total_steps: int
+    known_ahead: bool  # whether a step can be asked for before the one ahead of it is done
 
     def resumable(self, done: int) -> bool:
         """Whether a checkpoint after `done` steps holds all that the next step needs."""
@@ -53,8 +54,11 @@ class Steps(Protocol):
 class Schedule:
     """The optimizer steps of a run over its examples."""
 
+    known_ahead = True
+
     def __init__(self, examples: list[Example], config, ranks: Ranks):
         self.examples, self.ranks = examples, ranks
+        self.drawn: tuple[int, list[int]] = -1, []  # an epoch and its order
         self.seed = config.seed if config.shuffle_dataset else None
         self.micro_rows = config.per_device_train_batch_size
         self.rows_per_step = self.micro_rows * config.gradient_accumulation_steps * ranks.world
@@ -105,10 +109,13 @@ class Schedule:
         return share_out(batches, self.ranks)
 
     def _order(self, epoch: int) -> list[int]:
-        if self.seed is None:
-            return list(range(len(self.examples)))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(len(self.examples), generator=generator).tolist()
+        if epoch != self.drawn[0]:
+            order = list(range(len(self.examples)))
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(len(self.examples), generator=generator).tolist()
+            self.drawn = epoch, order
+        return self.drawn[1]
 
 
 def share_out(batches: list[list[Example]], ranks: Ranks) -> list[list[Example]]:
