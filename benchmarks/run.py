@@ -90,7 +90,7 @@ def _measure(args, start: float, path: Path, result: dict[str, Any]) -> list[str
         _write(path, result)
         print(f"{name}: {found.seconds:.0f} s, {found.told}", flush=True)
 
-    first = kernel_benchmark("ceilings", folder, 12, kernels_end, flags)
+    first = kernel_benchmark("ceilings", folder, 20, end, flags)
     result["ceilings"] = first.ceilings
     took("ceilings", first)
     if first.ceilings:
