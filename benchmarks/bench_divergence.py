@@ -63,7 +63,9 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Heads:
     return hidden.requires_grad_(), weight.requires_grad_(), *near
 
 
-def divergences(kind: str, size: str) -> list[Divergence]:
+def divergences(kind: str, compiles: bool | None = None) -> list[Divergence]:
+    """compiles: whether what a compiler has to make is among them, which takes long on a GPU; None
+    where nothing is compiled."""
     plain = partial(_naive, BETAS[kind])
     found = [
         Divergence("prefuse stash", partial(linear_divergence, kind=kind, mode="stash"), 4),
@@ -71,11 +73,11 @@ def divergences(kind: str, size: str) -> list[Divergence]:
     ]
     found = [x._replace(ours=True) for x in found]
     found.append(Divergence("naive logits", plain, 4))
-    if size == "cuda" and kind == "forward_kl":
+    if compiles:
         found.append(Divergence("torch.compile of it", torch.compile(plain, dynamic=False), 4))
     if importlib.util.find_spec("trl"):
         found.append(Divergence("TRL chunked", _trl(BETAS[kind]), 8 if kind == "jsd" else 6))
-    if importlib.util.find_spec("liger_kernel"):
+    if compiles is not False and importlib.util.find_spec("liger_kernel"):
         found.append(Divergence("Liger, sum only", _liger(BETAS[kind]), 4, "ones"))
     return found
 
@@ -140,7 +142,7 @@ def errors(exact: Exact, upstream: str, out: tuple) -> dict[str, float]:
     return head_errors(exact, upstream, *out, relative=True)
 
 
-def methods(size: str, shape: tuple[int, int, int], kind: str) -> list[Method]:
+def methods(shape: tuple[int, int, int], kind: str, compiles: bool | None) -> list[Method]:
     dtype = dtype_of()
     heads = inputs(shape, dtype)
     factors = torch.randn(shape[0], device=device())
@@ -154,7 +156,7 @@ def methods(size: str, shape: tuple[int, int, int], kind: str) -> list[Method]:
             floor_flops=x.gemms * gemm if x.ours else None,
             columns={"token gradients": x.upstream},
         )
-        for x in divergences(kind, size)
+        for x in divergences(kind, compiles)
     ]  # fmt: skip
 
 
@@ -169,7 +171,7 @@ def cases(size: str) -> list[Case]:
         for kind in ("forward_kl", "jsd") if v == 151936 or size == "tiny" else ("forward_kl",):
             columns: dict[str, Any] = {"kind": kind, "N": n, "H": h, "V": v}
             columns["dtype"] = str(dtype_of()).removeprefix("torch.")
-            make = partial(methods, size, (n, h, v), kind)
+            make = partial(methods, (n, h, v), kind, not found if size == "cuda" else None)
             flops = 4 * 2.0 * n * h * v
             found.append(Case(f"{kind} H={h}", make, columns, flops))
     return found
@@ -178,7 +180,7 @@ def cases(size: str) -> list[Case]:
 def memory_case(name: str, shape: tuple[int, int, int]) -> float:
     """MB at the peak of one step beyond its inputs and gradients."""
     heads = inputs(shape, torch.float32)
-    function = next(x for x in divergences("jsd", "tiny") if x.name == name).value
+    function = next(x for x in divergences("jsd") if x.name == name).value
     warm = [x[:256].detach() for x in heads]
     for leaf in warm[:2]:
         leaf.requires_grad_()
@@ -191,7 +193,7 @@ def memory_case(name: str, shape: tuple[int, int, int]) -> float:
 
 def memory_rows(shape: tuple[int, int, int] = MEMORY_SHAPE) -> list[dict]:
     out = []
-    for name in (x.name for x in divergences("jsd", "tiny")):
+    for name in (x.name for x in divergences("jsd")):
         extra = extra_mb(__file__, name, shape)
         n, h, v = shape
         case = {"kind": "jsd", "method": name, "N": n, "H": h, "V": v, "dtype": "float32"}

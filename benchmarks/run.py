@@ -26,7 +26,7 @@ from targets import judged
 
 # the weights of their times
 KERNELS = {
-    "linear_logp": 8.0, "logp": 2.0, "policy": 2.0, "advantage": 2.5, "divergence": 4.0,
+    "linear_logp": 8.0, "logp": 3.0, "policy": 2.5, "advantage": 2.5, "divergence": 4.0,
     "attention": 1.5,
 }  # fmt: skip
 TRAINING = ("train_dpo", "train_grpo")
