@@ -144,7 +144,8 @@ def _statistics_kernel(
         top_s, top_t = higher_s, higher_t
     total_s, total_t = tl.sum(sum_s, 0), tl.sum(sum_t, 0)
     lse_s, lse_t = top_s + tl.log(total_s), top_t + tl.log(total_t)
-    offset = (top_s - top_t) + tl.log(total_s / total_t)
+    # rounded, for of equal logits it is 1 and no less
+    offset = (top_s - top_t) + tl.log(tl.div_rn(total_s, total_t))
     values = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_cols, BLOCK):

@@ -130,6 +130,24 @@ def _less_1(x, e):
 
 
 @triton.jit
+def _load(x, token, here, keep, whole):
+    # A mask that differs by token would cost the wide loads; so would the end of the tokens.
+    if whole:
+        value = tl.load(x + token)
+    else:
+        value = tl.load(x + token, mask=here, other=0.0)
+    return tl.where(keep, value, 0.0)
+
+
+@triton.jit
+def _store(x, token, here, value, whole):
+    if whole:
+        tl.store(x + token, value)
+    else:
+        tl.store(x + token, value, mask=here)
+
+
+@triton.jit
 def _surrogate_kernel(
     logp,
     advantages,
@@ -156,17 +174,22 @@ def _surrogate_kernel(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    token = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = program.to(tl.int64) * BLOCK
+    token = first + tl.arange(0, BLOCK)
     here = token < tokens
+    whole = first + BLOCK <= tokens
     keep = here
     if HAS_MASK:
-        keep = here & (tl.load(mask + token, mask=here, other=0) != 0)
-    lp = tl.load(logp + token, mask=keep, other=0.0)
-    a = tl.load(advantages + token, mask=keep, other=0.0)
+        if whole:
+            keep = tl.load(mask + token) != 0
+        else:
+            keep = tl.load(mask + token, mask=here, other=0) != 0
+    lp = _load(logp, token, here, keep, whole)
+    a = _load(advantages, token, here, keep, whole)
     if HAS_RATIO:
-        u = tl.load(log_ratio + token, mask=keep, other=0.0)
+        u = _load(log_ratio, token, here, keep, whole)
     else:
-        u = lp - tl.load(old_logp + token, mask=keep, other=0.0)
+        u = lp - _load(old_logp, token, here, keep, whole)
     bounded = tl.minimum(u, 80.0)
     ratio = tl.exp(bounded)
     ratio_1 = _less_1(bounded, ratio)
@@ -192,13 +215,13 @@ def _surrogate_kernel(
         value = -4.0 / tau * gate * a
         by_ratio = -4.0 * tail / ((1.0 + tail) * (1.0 + tail)) * slope * a
     if HAS_WEIGHT:
-        w = tl.load(weight + token, mask=keep, other=0.0)
+        w = _load(weight, token, here, keep, whole)
         value *= w
         by_ratio *= w
         by_logp *= w
     kl = tl.zeros_like(lp)
     if KL > 0:
-        k = lp - tl.load(ref_logp + token, mask=keep, other=0.0)
+        k = lp - _load(ref_logp, token, here, keep, whole)
         largest = tl.full(k.shape, 80.0, tl.float32)
         if KL == 4:  # the product with the ratio is what must not overflow
             largest = 80.0 - tl.maximum(bounded, 0.0)
@@ -221,13 +244,13 @@ def _surrogate_kernel(
             by_ratio += kl_coef * slope * k3
         value += kl_coef * kl
         by_logp += kl_coef * kl_by_logp
-    tl.store(loss + token, tl.where(keep, value, 0.0), mask=here)
+    _store(loss, token, here, tl.where(keep, value, 0.0), whole)
     if HAS_GRAD:
         if HAS_RATIO:
-            tl.store(d_ratio + token, tl.where(keep, by_ratio, 0.0), mask=here)
-            tl.store(d_logp + token, tl.where(keep, by_logp, 0.0), mask=here)
+            _store(d_ratio, token, here, tl.where(keep, by_ratio, 0.0), whole)
+            _store(d_logp, token, here, tl.where(keep, by_logp, 0.0), whole)
         else:
-            tl.store(d_logp + token, tl.where(keep, by_logp + by_ratio, 0.0), mask=here)
+            _store(d_logp, token, here, tl.where(keep, by_logp + by_ratio, 0.0), whole)
     row = sums + program * 5
     tl.store(row, tl.sum(keep.to(tl.float32), 0))
     if RULE == 2:
