@@ -145,9 +145,9 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef PREFUSE_CUDA
   m.attr("has_cuda") = true;
-  m.def("fold_forward_cuda", [](const Block& b, int dtype, Address parts, int splits,
+  m.def("fold_forward_cuda", [](const Block& b, int dtype, Address parts, int n_parts, int splits,
                                 Address stream) {
-    prefuse::fold_forward_cuda(b, Scalar(dtype), at<float>(parts), splits, at(stream));
+    prefuse::fold_forward_cuda(b, Scalar(dtype), at<float>(parts), n_parts, splits, at(stream));
   });
   m.def("fold_backward_cuda", [](const Block& b, int dtype, Address shift, Address alpha,
                                  Address beta, Address gamma, Address out, Address stream) {

@@ -23,6 +23,7 @@ struct Block {
 
 // Rows of the partial sums, each n_rows long.
 enum Part { kSumE, kShift, kSumED, kSumD, kSumEE, kMaxD, kParts };
+constexpr int kFewestParts = 2;  // what log-probs need
 
 // Writes kParts rows of partial sums to `parts` [kParts, n_rows]. With `store`, overwrites the
 // (float32) logits by E, or by E * (1 - tanh^2) under a softcap, and 0 at the target.
@@ -33,8 +34,9 @@ void fold_backward_cpu(const Block& block, Scalar dtype, const float* shift, con
                        const float* beta, const float* gamma, void* out, int n_threads);
 
 #ifdef PREFUSE_CUDA
-// `splits` programs share a row; parts is [splits, kParts, n_rows].
-void fold_forward_cuda(const Block& block, Scalar dtype, float* parts, int splits, void* stream);
+// `splits` programs share a row; parts is [splits, n_parts, n_rows], n_parts kParts or kFewestParts.
+void fold_forward_cuda(const Block& block, Scalar dtype, float* parts, int n_parts, int splits,
+                       void* stream);
 void fold_backward_cuda(const Block& block, Scalar dtype, const float* shift, const float* alpha,
                         const float* beta, const float* gamma, void* out, void* stream);
 #endif

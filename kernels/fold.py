@@ -173,7 +173,7 @@ def _backward_kernel(
         raw_ptr + row * raw_stride, bias_ptr, columns, columns < n_cols, scale, softcap,
         HAS_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
-    d = (z - tl.load(anchor_ptr + row)) * rate - tl.load(shift_ptr + row) * LOG2E
+    d = (z - (tl.load(anchor_ptr + row) + tl.load(shift_ptr + row) / inverse_temp)) * rate
     factor = inverse_temp * scale
     alpha = tl.load(alpha_ptr + row) * factor
     if HAS_BETA:
@@ -188,6 +188,23 @@ def _backward_kernel(
         (grad * slope).to(out_ptr.dtype.element_ty),
         mask=columns < n_cols,
     )
+
+
+@triton.jit
+def _dot_kernel(
+    hidden_ptr, weight_ptr, entries_ptr, out_ptr, depth, hidden_stride, weight_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    hidden_ptr += row * hidden_stride
+    weight_ptr += tl.load(entries_ptr + row) * weight_stride
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, depth, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden_ptr + at, mask=at < depth, other=0.0)
+        w = tl.load(weight_ptr + at, mask=at < depth, other=0.0)
+        total += h.to(tl.float32) * w.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(total))
 
 
 @triton.jit
@@ -211,6 +228,24 @@ def _reanchor_kernel(
                 tl.store(e_ptr, e.to(store_ptr.dtype.element_ty), mask=columns < end)
 
 
+def row_dots(impl: str, hidden: Tensor, weight: Tensor, entries: Tensor) -> Tensor:
+    """hidden[i] . weight[entries[i]] in float32 [n], the weight rounded to hidden's dtype."""
+    out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    if impl in ("triton", "fused") and weight.stride(1) == hidden.stride(1) == 1:
+        block = min(next_power_of_2(hidden.shape[1]), 1024)
+        with device_guard(hidden):
+            _dot_kernel[(len(hidden),)](
+                hidden, weight, entries, out, hidden.shape[1], hidden.stride(0), weight.stride(0),
+                BLOCK=block, num_warps=max(1, block // 256),
+            )  # fmt: skip
+        return out
+    for start in range(0, len(hidden), 4096):  # bounds the gathered rows
+        rows = slice(start, start + 4096)
+        gathered = weight[entries[rows]].to(hidden.dtype).float()
+        torch.sum(hidden[rows].float() * gathered, -1, out=out[rows])
+    return out
+
+
 def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None) -> Tensor:
     """The first `n_parts` partial sums [parts, n_parts, n] of a block, 2 or 6; with `store` [n, v],
     E (times 1 - tanh^2 under a softcap, 0 at the target) goes there, each part at its own shift,
@@ -230,14 +265,14 @@ def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None
     block = min(next_power_of_2(v), FOLD_BLOCK)
     blocks = -(-v // block)
     splits = blocks if store is not None else min(blocks, -(-FOLD_PROGRAMS // n))
-    computed = len(PARTS) if impl == "cuda" else n_parts
-    parts = b.raw.new_empty((splits, computed, n), dtype=torch.float32)
+    parts = b.raw.new_empty((splits, n_parts, n), dtype=torch.float32)
     with device_guard(b.raw):
         if impl == "cuda":
             _C.fold_forward_cuda(
-                _c_block(b), _C_DTYPES[b.raw.dtype], parts.data_ptr(), splits, stream_of(b.raw)
-            )
-            return parts[:, :n_parts]
+                _c_block(b), _C_DTYPES[b.raw.dtype], parts.data_ptr(), n_parts, splits,
+                stream_of(b.raw),
+            )  # fmt: skip
+            return parts
         out = b.raw if store is None else store
         _forward_kernel[(n, splits)](
             b.raw, out, parts, b.targets, b.anchor, b.inverse_temperature, b.bias,
@@ -323,10 +358,11 @@ def _c_block(b: Logits):
 
 _AOT_BLOCK = {
     **dict.fromkeys(("raw_ptr", "store_ptr", "out_ptr"), "*bf16"),
+    **dict.fromkeys(("hidden_ptr", "weight_ptr"), "*bf16"),
     **dict.fromkeys(("parts_ptr", "anchor_ptr", "inverse_temp_ptr", "bias_ptr"), "*fp32"),
     **dict.fromkeys(("alpha_ptr", "beta_ptr", "gamma_ptr", "shift_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
-    "targets_ptr": "*i64",
+    **dict.fromkeys(("targets_ptr", "entries_ptr"), "*i64"),
 }
 _AOT_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK": FOLD_BLOCK}
 # What ahead-of-time compilation checks: (kernel, argument types, constants, warps); i32 elsewhere.
@@ -338,5 +374,6 @@ AOT = [
     ),
     (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": True}, _warps(FOLD_BLOCK)),
     (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": False}, _warps(FOLD_BLOCK)),
+    (_dot_kernel, _AOT_BLOCK | {"out_ptr": "*fp32"}, {"BLOCK": 1024}, 4),
     (_reanchor_kernel, _AOT_BLOCK, {"PARTS_BLOCK": 256, "BLOCK": 1024}, 4),
 ]

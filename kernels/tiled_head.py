@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor
+from .fold import FOLD_BLOCK, Logits, fold_backward, fold_forward, reanchor, row_dots
 from .gemm_fold import Product, gemm_backward, gemm_forward
 from .token_stats import Coefficients, merge, target_anchor
 from .vocab_shard import VocabShard
@@ -156,12 +156,11 @@ def _product(head: Head, rows: Rows, columns: slice) -> Product:
 
 def anchor_logits(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """The target's logit per token, by a gathered dot product in float32."""
-    logit = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     entries, inside = _held(head, targets)
-    for start in range(0, len(targets) if len(head.weight) else 0, 4096):  # bounds gathered rows
-        rows = slice(start, start + 4096)
-        weight = head.weight[entries[rows]].to(head.options.dtype).float()
-        torch.sum(hidden[rows].float() * weight, -1, out=logit[rows])
+    if len(head.weight) and len(targets):
+        logit = row_dots(head.options.impl, hidden, head.weight, entries)
+    else:
+        logit = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     if head.bias is not None and len(head.bias):
         logit += head.bias[entries].float()
     if head.options.shard is not None:

@@ -71,7 +71,8 @@ class Coefficients(NamedTuple):
 
 def target_anchor(raw_target: Tensor, scale: float, cap: float | None) -> Tensor:
     """The softcapped logit of the target from its raw logit with the bias, float32 [n]."""
-    z = raw_target.float() * scale
+    z = raw_target.float()
+    z = z if scale == 1.0 else z * scale
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
@@ -82,6 +83,8 @@ def parts_for(outputs: tuple[str, ...]) -> int:
 
 def merge(parts: Tensor) -> Tensor:
     """Partial sums [blocks, P, N] of column blocks -> [P, N] of the whole row, P 2 or 6."""
+    if len(parts) == 1:
+        return parts[0]
     sum_e, shift = parts[:, 0], parts[:, 1]
     common = shift.amax(0)
     raise_by = shift - common  # <= 0
