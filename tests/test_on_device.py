@@ -3,9 +3,10 @@ estimate waits for the GPU."""
 
 import pytest
 import torch
-from device_ops import HEADS, MAKE, ON_GPU, run
+from device_ops import HEADS, MAKE, ON_GPU, bounds, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prefuse.kernels.attention import packed_attention, prefix_table
 from prefuse.kernels.divergence import DIVERGENCES
 
 # They skip the tokens without a gradient, and have to know how many those are.
@@ -38,6 +39,23 @@ def test_nothing_waits_for_the_gpu(name, device):
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(op, device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="there is no GPU to wait for")
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_with_a_table_does_not_wait(shared):
+    lengths = [30, 70, 80, 1]
+    table = prefix_table(bounds(lengths), [-1, 0, 0, -1] if shared else [-1] * 4).to("cuda")
+    draw = lambda h: torch.randn(181, h, 64, dtype=torch.bfloat16, device="cuda")  # noqa: E731
+    q, k, v = (draw(h).requires_grad_() for h in (4, 2, 2))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            packed_attention(q, k, v, table.cu_seqlens, table).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
