@@ -66,7 +66,7 @@ def task_of(name: str, shape: Shape, pairs: list[Pair], batch: int) -> Task:
     sequences = [[(len(p) + len(c), len(c)) for p, *both in s for c in both] for s in steps]
     tokens = [sum(n for n, _ in found) for found in sequences]
     flops = [(3 + 1) * forward_flops(shape, found) for found in sequences]
-    return Task(name, shape, tokens, flops)
+    return Task(name, tokens, flops)
 
 
 def examples_of(pairs: list[Pair]) -> list:
@@ -150,8 +150,10 @@ def run_trl(
         return train_trl.train(trainer, clock)
 
 
-def systems_of(name: str, pairs: list[Pair], args) -> list[System]:
-    sizes = [512, 2048] if name == "tiny" else [16384, 8192, 4096]
+def systems_of(name: str, pairs: list[Pair], task: Task, args) -> list[System]:
+    """prefuse's micro-batches are whole steps, halves and quarters of the largest one."""
+    longest = max(2 * len(prompt) + len(c) + len(r) for prompt, c, r in pairs)
+    sizes = [max(longest, -(-max(task.tokens) // parts)) for parts in (1, 2, 4)]
     searched: list = train_prefuse.stages(sizes, "tokens", args.compile)
     given = SHAPES[name], pairs, args.batch, args.precision
     found = [System("prefuse", searched, partial(run_prefuse, *given))]
@@ -168,7 +170,7 @@ def jobs(args) -> Iterator[tuple[Task, list[System]]]:
         count = args.batch * max(sum(SEARCHED), args.warmup + args.steps)
         pairs = random_pairs(SHAPES[name], count, 256 if name == "tiny" else MAX_LENGTH)
         task = task_of(f"DPO, {name}", SHAPES[name], pairs, args.batch)
-        yield task, systems_of(name, pairs, args)
+        yield task, systems_of(name, pairs, task, args)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -91,7 +91,7 @@ def task_of(name: str, shape: Shape, groups: list[Group], batch: int, beta: floa
     ]
     tokens = [sum(n for n, _ in sequences) for sequences in found]
     forwards = 3 + (beta > 0)
-    return Task(name, shape, tokens, [forwards * forward_flops(shape, x) for x in found])
+    return Task(name, tokens, [forwards * forward_flops(shape, x) for x in found])
 
 
 class Engine:

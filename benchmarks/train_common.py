@@ -153,7 +153,6 @@ class Task(NamedTuple):
     """What both systems train. tokens: real ones of each step; flops: model FLOPs of each."""
 
     name: str
-    shape: Shape
     tokens: list[int]
     flops: list[float]
 

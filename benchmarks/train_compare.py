@@ -140,7 +140,7 @@ def _rows(task, systems, found, runs, args) -> list[dict]:
 def _measured(task: Task, name: str, runs: list[Outcome], steps: int, args) -> dict:
     """Medians over the rounds, step by step, of the steps that every system has."""
     row: dict[str, Any] = {"part": "measured", "task": task.name, "system": name}
-    row["setting"] = str(runs[0].setting)
+    row |= {"precision": args.precision, "setting": str(runs[0].setting)}
     every = [[x.seconds[i] for x in runs if i < len(x.seconds)] for i in range(steps)]
     seconds = [median(times) for times in every]
     spread = max((max(times) - min(times)) / median(times) for times in every)
@@ -221,6 +221,7 @@ def tell(title: str, rows: list[dict], args, **more: object) -> None:
     memory = "allocator" if torch.cuda.is_available() else "process"
     info |= {"MFU": CONVENTION, "memory": f"peak of the {memory}, all models included"}
     info |= {"settings": "the fastest in short runs; of prefuse's, on a GPU, within TRL's memory"}
+    info |= {"spread": "of a step's times in the rounds, over their median; the worst step's"}
     publish(title, info, rows, args.output)
 
 

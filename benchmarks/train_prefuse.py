@@ -33,14 +33,14 @@ class Prefuse:
 def stages(
     sizes: list[int], unit: str, compiled: bool
 ) -> list[Callable[[Prefuse | None], list[Prefuse]]]:
-    """Micro-batches of these sizes, the largest first; then that one with less kept of each row."""
+    """Micro-batches of these sizes; then the largest with less kept of each row."""
 
     def first(_: Prefuse | None) -> list[Prefuse]:
         return [Prefuse(size, unit) for size in sizes]
 
     def leaner(best: Prefuse | None) -> list[Prefuse]:
         best = best or Prefuse(sizes[0], unit)
-        large = replace(best, size=sizes[0])
+        large = replace(best, size=max(sizes))
         return [replace(large, checkpointing=x) for x in ("selective", "full")]
 
     def compiler(best: Prefuse | None) -> list[Prefuse]:

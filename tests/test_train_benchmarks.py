@@ -87,7 +87,7 @@ def test_rows_have_the_lengths_that_are_counted(load):
 def test_a_setting_that_fails_is_told_and_not_taken(load, capsys, monkeypatch):
     compare, common = load("train_compare"), load("train_common")
     monkeypatch.setattr(common, "free", lambda: None)
-    task = common.Task("task", common.SHAPES["tiny"], [100, 200, 300, 400], [1e9, 2e9, 3e9, 4e9])
+    task = common.Task("task", [100, 200, 300, 400], [1e9, 2e9, 3e9, 4e9])
 
     fails_after = 9
 
@@ -151,7 +151,7 @@ def test_what_was_measured_before_an_end_is_written(load, tmp_path, monkeypatch)
             pass
         return 1.0
 
-    task = common.Task("task", common.SHAPES["tiny"], [100] * 4, [1e9] * 4)
+    task = common.Task("task", [100] * 4, [1e9] * 4)
     system = common.System("ours", [lambda _: ["a"]], run)
     given = [*QUICK, "--rounds", "2", "--output", str(tmp_path / "result")]
     with pytest.raises(KeyboardInterrupt):
