@@ -51,7 +51,7 @@ ROWS = [
     Row("GAE, 1024 sequences of 8192 tokens: us", "advantage", {"op": "gae", "sequences": 1024},
         "padded loop", scale=1000),
     Row("attention of groups of 8 with a shared prompt: ms", "attention", {},
-        "PyTorch, dense mask"),
+        "PyTorch, dense mask", ours={"method": "prefuse, shared prompts"}),
 ]  # fmt: skip
 
 
