@@ -58,6 +58,7 @@ class Progress(NamedTuple):
     """What the process was told to leave out, and whom it tells what it does."""
 
     doing: Callable[[str, str], None] = lambda case, method: None
+    checked: Callable[[str, list[dict]], None] = lambda case, rows: None  # then they are timed
     without: frozenset[tuple[str, str]] = frozenset()
 
 
@@ -84,7 +85,7 @@ def rows_of(case: Case, seconds: float, progress: Progress | None = None) -> lis
         progress.doing(case.name, method.name)
         row |= _checked(method)
     good = [m for m in methods if "error" not in rows[m.name]]
-    progress.doing(case.name, "")
+    progress.checked(case.name, list(rows.values()))
     for method, found in _timed(good, case, max(seconds, BRIEFLY)):
         row = rows[method.name]
         row |= found
@@ -220,6 +221,10 @@ class Record:
         self.doing = (case, method)
         self.write()
 
+    def checked(self, case: str, rows: list[dict]) -> None:
+        self.sections[case] = rows
+        self.now(case, "")
+
 
 def measure(
     cases: list[Case], seconds: float, record: Record, without: frozenset[tuple[str, str]]
@@ -236,7 +241,7 @@ def measure(
             continue
         share = case.weight / sum(other.weight for other in todo[number:])
         try:
-            rows = rows_of(case, left * share, Progress(record.now, without))
+            rows = rows_of(case, left * share, Progress(record.now, record.checked, without))
         except Exception as error:
             rows = [label | {"error": told(error), "ours": "failed"}]
             if torch.cuda.is_available():

@@ -95,9 +95,10 @@ def _doing(record: Path) -> tuple[str, str]:
 
 
 def _give_up(record: Path, case: str, reason: str) -> None:
-    """A case that no single method can be blamed for is not started again."""
+    """A case that no single method can be blamed for is not started again: what was found of it,
+    its errors perhaps, is all."""
     told = _read(record)
-    told["sections"][case] = [{"case": case, "error": reason, "ours": "failed"}]
+    told["sections"].setdefault(case, []).append({"case": case, "error": reason, "ours": "failed"})
     record.write_text(json.dumps(told))
 
 

@@ -232,12 +232,15 @@ TOY = """
         os._exit(11)
 
     def made(name, run, ours=False):
-        return Method(name, run, lambda out: {}, {}, ours, flops=1.0)
+        return Method(name, run, lambda out: {"off": 0.0}, {}, ours, flops=1.0)
 
     def cases(size):
         first = [made("prefuse", lambda: 0, True), made("deadly", die), made("peer", lambda: 0)]
+        calls = []
+        later = [made("prefuse", lambda: calls.append(0) or len(calls) > 2 and die(), True)]
         return [
             Case("first", lambda: first, {"op": "first"}, 1.0),
+            Case("timed", lambda: later, {"op": "timed"}, 1.0),
             Case("second", lambda: [made("prefuse", lambda: 0, True)], {"op": "second"}, 1.0),
         ]
 
@@ -255,7 +258,9 @@ def test_a_method_that_kills_its_process_leaves_the_others_measured(tmp_path, mo
     assert rows["first", "deadly"]["error"] == "took its process with it"
     assert rows["second", "prefuse"]["ms"] > 0
     assert "exit code 11" in rows[None, None]["error"]
-    assert found.failed == [] and found.ceilings["gbps"] == 1.0
+    # one that dies while it is timed is not blamed on anyone, and its check stays
+    assert rows["timed", "prefuse"]["off"] == 0 and "ms" not in rows["timed", "prefuse"]
+    assert found.failed == ["timed: exit code 11: no output"] and found.ceilings["gbps"] == 1.0
 
 
 ENDLESS = """
