@@ -27,6 +27,7 @@ from head_peers import Head, naive, peers, per_sequence
 from measure import Case, Method, main
 from torch import Tensor
 
+from prefuse.kernels.launch import choose_impl
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
 
 # (N, H, V): a small model with GPT-2's vocabulary, Qwen2-0.5B's head, an 8B model's head
@@ -84,18 +85,34 @@ def checked_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Inputs:
     return Inputs(hidden, weights, targets, factors, exact)
 
 
+def fused_products() -> bool:
+    """Whether impl="fused" runs here."""
+    try:
+        return device().type == "cuda" and choose_impl("fused", device(), ("fused",)) == "fused"
+    except ValueError:
+        return False
+
+
 def ours() -> list[Head]:
-    def mode(name: str) -> Callable[..., Tensor]:
-        return lambda h, w, y, _: linear_logp(h, w, y, mode=name).logp
+    def mode(name: str, impl: str = "auto") -> Callable[..., Tensor]:
+        return lambda h, w, y, _: linear_logp(h, w, y, mode=name, impl=impl).logp
 
     def token_loss(h, w, y, factors):
         return linear_token_loss(h, w, y, lambda stats, c: c * stats.logp, factors)[0].sum()
 
     every = ("float32", "same")
+    fused = [
+        Head("prefuse stash, fused", mode("stash", "fused"), 3, 2, weights=every, ours=True),
+        Head(
+            "prefuse recompute, fused", mode("recompute", "fused"), 4, 3, weights=every, ours=True,
+            forward=False,
+        ),
+    ]  # fmt: skip
     return [
         Head("prefuse stash", mode("stash"), 3, 2, weights=every, ours=True),
         Head("prefuse recompute", mode("recompute"), 4, 3, weights=every, ours=True, forward=False),
         Head("prefuse token loss", token_loss, 3, 2, "any, given", every, ours=True, forward=False),
+        *(fused if fused_products() else ()),
     ]
 
 
