@@ -319,3 +319,20 @@ def test_run_measures_and_merges(tmp_path, monkeypatch, capsys):
     assert "targets" not in result  # they are for an H200
     assert "## logp" in path.with_suffix(".md").read_text()
     assert "FAILED" not in capsys.readouterr().out
+
+
+def test_every_setting_of_a_kernel_is_tried_and_then_undone():
+    tune, tiled_head = module("tune"), importlib.import_module("prefuse.kernels.tiled_head")
+    before, seen = tiled_head.FORWARD_TILE, []
+
+    def run():
+        seen.append(tiled_head.FORWARD_TILE)
+        if tiled_head.FORWARD_TILE == "too large":
+            raise MemoryError("no room")
+
+    sizes = ("one", "too large", "other")
+    settings = [({"size": x}, [(tiled_head, "FORWARD_TILE", x)]) for x in sizes]
+    one, large, other = tune.tried(settings, run, 0.01)
+    assert one["ms"] >= 0 and other["ms"] >= 0 and "ms" not in large
+    assert large == {"size": "too large", "no": "MemoryError: no room"}
+    assert set(seen) == set(sizes) and tiled_head.FORWARD_TILE is before
