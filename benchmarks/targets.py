@@ -4,7 +4,8 @@ python benchmarks/targets.py benchmarks/results/kernels-nvidia-h200.json
 
 Floors are those of 790 TFLOP/s of bfloat16 products and 4.3 TB/s of copies; a result has its own
 ceilings and floors in its rows. A row with an error, or with a wrong result, reaches nothing. On
-another device nothing is judged.
+another device nothing is judged. What is judged is what a user gets without asking for a variant; a
+variant that is faster is named beside it.
 """
 
 from __future__ import annotations
@@ -58,13 +59,33 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-def of(section: str, number: str = "ms", **where: Any) -> Callable[[Results], float | None]:
-    return lambda results: least(rows(results, section, ours=True, **where), number)
+class Of(NamedTuple):
+    """The least number of ours in a section's rows with the values of `where`, and of `mode`: what
+    is chosen unless asked otherwise."""
+
+    section: str
+    where: dict[str, Any]
+    mode: dict[str, Any] = {}  # noqa: B006 - never changed
+    number: str = "ms"
+
+    def __call__(self, results: Results) -> float | None:
+        where = {**self.where, **self.mode}
+        return least(rows(results, self.section, ours=True, **where), self.number)
+
+    def best(self, results: Results) -> dict[str, Any] | None:
+        """The row with the least, of all variants of the mode."""
+        mode = dict(self.mode)
+        method = str(mode.pop("method", ""))
+        found = rows(results, self.section, ours=True, **self.where, **mode)
+        found = [row for row in found if str(row.get("method", "")).startswith(method)]
+        found = [row for row in found if self.number in row]
+        return min(found, key=lambda row: row[self.number], default=None)
 
 
 LARGE: dict[str, Any] = dict(N=8192, H=4096, V=128256)
 SMALL: dict[str, Any] = dict(N=8192, H=896, V=151936)
 BOTH = "forward + backward"
+PLAIN = dict(method="prefuse stash")
 STASH: dict[str, Any] = dict(method="prefuse stash", weight="float32")
 RECOMPUTE: dict[str, Any] = dict(method="prefuse recompute", weight="float32")
 
@@ -112,51 +133,50 @@ def training(section: str, number: str, part: str) -> Callable[[Results], float 
 TARGETS = [
     Target(
         f"linear_logp {BOTH}, 8192 x 4096 x 128256, float32 d weight",
-        of("linear_logp", **STASH, **LARGE, **{"pass": BOTH}), 37, "ms", 32.7,
+        Of("linear_logp", {"pass": BOTH, **LARGE}, STASH), 37, "ms", 32.7,
     ),
     Target("its speed over the best peer's for any token gradients", faster_than_peers, 1.3, "x",
            at_least=True),
     Target(
         "the same, 8192 x 896 x 151936",
-        of("linear_logp", **STASH, **SMALL, **{"pass": BOTH}), 11, "ms", 8.5,
+        Of("linear_logp", {"pass": BOTH, **SMALL}, STASH), 11, "ms", 8.5,
     ),
     Target(
-        "forward only", of("linear_logp", **LARGE, **{"pass": "forward"}), 12.5, "ms", 10.9,
+        "forward only", Of("linear_logp", {"pass": "forward", **LARGE}, PLAIN), 12.5, "ms", 10.9,
     ),
     Target(
-        f"frozen head, {BOTH}", of("linear_logp", **LARGE, **{"pass": "frozen weight"}),
+        f"frozen head, {BOTH}", Of("linear_logp", {"pass": "frozen weight", **LARGE}, PLAIN),
         25.5, "ms", 21.8,
     ),
-    Target(
-        "recompute", of("linear_logp", **RECOMPUTE, **LARGE, **{"pass": BOTH}), 50, "ms", 43.6,
-    ),
+    Target("recompute", Of("linear_logp", {"pass": BOTH, **LARGE}, RECOMPUTE), 50, "ms", 43.6),
     Target(
         "its memory beyond inputs and gradients",
-        of("linear_logp", "extra MB", **RECOMPUTE, **LARGE, **{"pass": BOTH}), 600, "MB",
+        Of("linear_logp", {"pass": BOTH, **LARGE}, RECOMPUTE, "extra MB"), 600, "MB",
     ),
     Target(
         "logp from logits, 8192 x 128256, forward",
-        of("logp", N=8192, V=128256, **{"pass": "forward"}), 0.56, "ms", 0.49,
+        Of("logp", {"pass": "forward", "N": 8192, "V": 128256}), 0.56, "ms", 0.49,
     ),
     Target(
         "the same + in-place backward",
-        of("logp", N=8192, V=128256, **{"pass": "in place"}), 1.70, "ms", 1.47,
+        Of("logp", {"pass": "in place", "N": 8192, "V": 128256}), 1.70, "ms", 1.47,
     ),
     Target(
         "full-vocabulary KL of two heads",
-        of("divergence", kind="forward_kl", **LARGE), 51, "ms", 43.6,
+        Of("divergence", {"kind": "forward_kl", **LARGE}, PLAIN), 51, "ms", 43.6,
     ),
     Target(
         "GAE 1024 x 8192, mask, returns (17 bytes a token)",
-        of("advantage", op="gae", sequences=1024), 0.048, "ms", 0.033,
+        Of("advantage", {"op": "gae", "sequences": 1024}), 0.048, "ms", 0.033,
     ),
     Target(
         "the same, KL reward and statistics in the launch (25 bytes a token)",
-        of("advantage", op="shaped gae", sequences=1024), 0.048, "ms", 0.049,
+        Of("advantage", {"op": "shaped gae", "sequences": 1024}), 0.048, "ms", 0.049,
     ),
     Target("GAE of ragged lengths over that of even ones, a token", ragged_per_token, 1.5, "x"),
     Target(
-        f"policy loss of 1M tokens, {BOTH}", of("policy", loss="ppo", KL=False), 0.020, "ms", 0.006,
+        f"policy loss of 1M tokens, {BOTH}", Of("policy", {"loss": "ppo", "KL": False}),
+        0.020, "ms", 0.006,
     ),
     Target("its speed over eager", faster_than_eager, 10, "x", at_least=True),
     Target("logp against float64, the worst of all", worst_logp, 2e-5, "nats"),
@@ -187,6 +207,9 @@ def judge(target: Target, results: Results) -> dict[str, Any]:
     row["met"] = "yes" if miss <= 0 else "no"
     if not miss <= 0:
         row["missed by %"] = 100 * miss
+    best = target.measured.best(results) if isinstance(target.measured, Of) else None
+    if best is not None and best[target.measured.number] < value:
+        row["best of ours"] = f"{best[target.measured.number]:.3g} ({best['method']})"
     return row
 
 
