@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_merge import merge
 from .launch import expect
 from .prefix import PrefixTable, check_layout
 from .prefix import prefix_table as prefix_table  # callers import both from here
@@ -255,7 +256,7 @@ class _PackedAttention(torch.autograd.Function):
         out, lse = flash.forward(q, k, v, own)
         if rows.stop:
             part = flash.forward(q[rows], k[keys], v[keys], shared)
-            _merge(out[rows], lse[:, rows], *part, table.has_prefix)
+            merge(out[rows], lse[:, rows], *part, table.has_prefix)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.table, ctx.scale, ctx.flash = table, scale, flash
         return out
@@ -279,16 +280,6 @@ class _PackedAttention(torch.autograd.Function):
             dk[keys] += part[1]
             dv[keys] += part[2]
         return dq, dk, dv, None, None, None
-
-
-def _merge(out: Tensor, lse: Tensor, out_shared: Tensor, lse_shared: Tensor, has_prefix) -> None:
-    """Adds the prefix's keys to `out [t, H, D]` and `lse [H, t]`, in place."""
-    if has_prefix is not None:
-        lse_shared = lse_shared.masked_fill(~has_prefix, float("-inf"))
-        out_shared = out_shared.masked_fill(~has_prefix[:, None, None], 0)
-    share = torch.sigmoid(lse_shared - lse).T.unsqueeze(-1)
-    out.copy_(torch.lerp(out.to(share.dtype), out_shared.to(share.dtype), share))
-    torch.logaddexp(lse, lse_shared, out=lse)
 
 
 def packed_attention(

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton")
 
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-MODULES = ("fold", "gemm_fold", "segments", "advantage_scan", "surrogate", "divergence_triton")
+MODULES = ("fold", "gemm_fold", "segments", "advantage_scan", "surrogate")
+MODULES += ("divergence_triton", "attention_merge")
 
 COMPILE = """
 import importlib, inspect, json, re, subprocess, sys, tempfile, types

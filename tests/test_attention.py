@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prefuse.kernels import attention
+from prefuse.kernels import attention, attention_merge
 from prefuse.kernels.attention import (
     KERNELS,
     Flash,
@@ -12,6 +12,7 @@ from prefuse.kernels.attention import (
     prefix_table,
     reference,
 )
+from prefuse.kernels.launch import HAS_TRITON, INTERPRETED
 
 # name: (segment lengths, parent of each)
 LAYOUTS = {
@@ -302,6 +303,34 @@ def test_torch_kernels_take_our_calls(layout):
         torch.empty_like(leaves[0]),
     )
     assert [x.shape for x in run] == [x.shape for x in (leaves[0], *leaves)]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("orphans", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_merge_is_the_plain_one(dtype, orphans, device):
+    """Views of larger tensors, as attention has them; a share of 0, of 1 and in between."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("Triton runs on a GPU or with TRITON_INTERPRET=1")
+    tokens, heads, size = 37, 3, 24
+    whole = torch.randn(50, heads, size, device=device).to(dtype)
+    lse = 3 * torch.randn(heads, 50, device=device)
+    other = torch.randn(heads, tokens, size, device=device).to(dtype).transpose(0, 1)
+    other_lse = 3 * torch.randn(heads, tokens, device=device)
+    other_lse[:, 3], other_lse[:, 5] = 1000.0, -1000.0
+    has_prefix = torch.rand(tokens, device=device) < 0.7 if orphans else None
+    if has_prefix is not None:
+        other[~has_prefix], other_lse[:, ~has_prefix] = float("nan"), float("inf")
+    out, sums = whole.clone(), lse.clone()
+    attention_merge.launch(out[13:], sums[:, 13:], other, other_lse, has_prefix)
+    wanted, wanted_lse = whole.double(), lse.double()
+    exact = other.double(), other_lse.double()
+    attention_merge.reference(wanted[13:], wanted_lse[:, 13:], *exact, has_prefix)
+    narrow = 2**-8 if device == "cuda" else 2**-7  # the interpreter truncates to bfloat16
+    one_rounding = narrow if dtype == torch.bfloat16 else 1e-6
+    assert_close(out.double(), wanted, rtol=one_rounding, atol=1e-6)
+    assert_close(sums.double(), wanted_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out[:13], whole[:13]) and torch.equal(sums[:, :13], lse[:, :13])
 
 
 @pytest.mark.gpu
