@@ -8,6 +8,7 @@ compared with one on the CPU. Autocast of "cuda" is that of the CPU.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections import Counter
 from functools import cache, partial
@@ -228,7 +229,6 @@ def install(patch) -> None:
     """Until `patch`, pytest's monkeypatch, is undone: cuda seems to be here to those who ask."""
     from torch.nn.utils import clip_grad
 
-    from prefuse.kernels import launch
     from prefuse.trainer import offline, online
     from prefuse.trainer.dist import Ranks
     from prefuse.trainer.plan import measured
@@ -247,8 +247,10 @@ def install(patch) -> None:
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     patch.setattr(measured, "measured_bytes", lambda device: None)
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    patch.setattr(launch, "HAS_TRITON", False)  # whose kernels take addresses
-    patch.setattr(launch, "HAS_CUDA_EXTENSION", False)
+    for name, module in list(sys.modules.items()):  # whose kernels take addresses
+        for has in ("HAS_TRITON", "HAS_CUDA_EXTENSION"):
+            if name.startswith("prefuse.kernels.") and hasattr(module, has):
+                patch.setattr(module, has, False)
     patch.setattr(Tensor, "pin_memory", _pin)
     _device._device_constructors()  # remembers the real ones
     patch.setattr(torch, "tensor", partial(_tensor, torch.tensor))

@@ -15,6 +15,16 @@ ATTENTION = "prefuse"
 MASKLESS = "prefuse_maskless"  # the same, for models of which it is known that they need no mask
 
 
+class Opaque:
+    """A batch's table on its way through compiled layers, which look into no attribute of it: a
+    tuple they would compile again for every batch."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: PrefixTable):
+        self.table = table
+
+
 @torch.compiler.disable  # one opaque op to torch.compile: its loop over segments is not for tracing
 def packed_attention_forward(
     module: torch.nn.Module,
@@ -25,7 +35,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    prefix: PrefixTable | None = None,
+    prefix: PrefixTable | Opaque | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -39,6 +49,7 @@ def packed_attention_forward(
     `prefix`, which holds it) reaches it as a keyword of the model's call. What a model asks for and
     this cannot honour raises a ValueError rather than being dropped.
     """
+    prefix = prefix.table if isinstance(prefix, Opaque) else prefix
     refused = _refusal(query, key, attention_mask, dropout, softcap, s_aux, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if refused is None and not causal:

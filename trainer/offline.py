@@ -141,6 +141,9 @@ def placed(config, scorer: Any, ranks: Ranks, frozen: bool = False) -> Any:
     exact = config.dtype == "float32" and (ranks.world == 1 or how.param_dtype is None)
     check: Any = probe_scores if isinstance(scorer, RewardScorer) else probe
     check(scorer, ranks.device, tolerance=1e-3 if exact else 0.2)
+    if config.bf16 and exact:  # whose attention is another kernel on a GPU
+        with autocast(config, ranks):
+            check(scorer, ranks.device, tolerance=0.2)
     reshard(scorer)
     return scorer
 
@@ -213,8 +216,14 @@ def prepare(config, scorer: Scorer) -> None:
         activations.checkpoint(scorer.model, config.gradient_checkpointing_policy)
     if config.torch_compile:
         activations.budget(config.activation_memory_budget)
+    compile_layers(config, scorer)
+
+
+def compile_layers(config, scorer) -> None:
+    """For any number of tokens at once: it is another in every batch."""
+    if config.torch_compile:
         for layer in decoder_layers(scorer):
-            layer.compile()
+            layer.compile(dynamic=True)
 
 
 def _reference(
@@ -251,7 +260,9 @@ def _frozen(config: OfflineConfig, name: str, tokenizer, examples, ranks: Ranks)
     _, scorer, note = load_scorer(config, name, tokenizer, examples, ranks)
     if scorer.layout != config.layout:
         raise UserError(f"--ref_model_name_or_path {name}: {note}; pass --layout padded")
-    return placed(config, scorer.requires_grad_(False), ranks, frozen=True)
+    scorer = placed(config, scorer.requires_grad_(False), ranks, frozen=True)
+    compile_layers(config, scorer)
+    return scorer
 
 
 def _autocast(config, ranks: Ranks, score: Reference) -> Reference:

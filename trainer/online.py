@@ -31,6 +31,7 @@ from .loop import autocast, make_optimizer, train
 from .model import load_tokenizer
 from .offline import (
     begin,
+    compile_layers,
     export_all,
     load_scorer,
     placed,
@@ -156,6 +157,7 @@ def _sharded(
     prepare(config, policy)
     if isinstance(reference, Scorer):
         reference = placed(config, reference, ranks, frozen=True)
+        compile_layers(config, reference)
     if not isinstance(config, PPOConfig):
         return Models(policy, policy, reference)
     flags = ["critic_model_name_or_path"]

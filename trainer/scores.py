@@ -14,7 +14,7 @@ from prefuse.kernels.head_plan import plan
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss
 from prefuse.kernels.vocab_shard import whole_head
 
-from .attention import ask_for_no_mask
+from .attention import Opaque, ask_for_no_mask
 from .batch import PackedBatch, pack, pad
 from .data import Example, Sequence
 from .errors import UserError
@@ -132,7 +132,7 @@ def hidden_states(model: PreTrainedModel, layout: str, batch: PackedBatch) -> Te
         attention_mask=None,
         use_cache=False,  # with a cache, packed rows would mix
         cu_seq_lens_q=batch.cu_seqlens,
-        prefix=batch.prefix,
+        prefix=Opaque(batch.prefix),
     )
     ask_for_no_mask(model)
     return out.last_hidden_state[0]
