@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-if find_spec("prefuse") is None:  # a clone that was never installed
+if "prefuse" not in sys.modules and find_spec("prefuse") is None:  # a clone, never installed
     sys.modules["prefuse"] = types.ModuleType("prefuse")
     sys.modules["prefuse"].__path__ = [str(ROOT)]
 
