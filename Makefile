@@ -35,7 +35,7 @@ BUILT = import torch; print(torch.cuda.get_device_name()); from prefuse.kernels 
 gpu:  ## on a machine with a GPU, about 6 minutes: its tests, then compute-sanitizer
 	$(GPU_PYTHON) setup.py build_ext --inplace
 	cd tests && $(GPU_PYTHON) -c 'import conftest; $(BUILT)'
-	$(GPU_PYTHON) -m pytest -m gpu -n 8 --dist worksteal --durations=20
+	OMP_NUM_THREADS=2 $(GPU_PYTHON) -m pytest -m gpu -n 8 --dist worksteal --durations=20
 	$(GPU_PYTHON) tests/sanitize.py
 
 lint: install
