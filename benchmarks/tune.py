@@ -64,7 +64,7 @@ def fold_settings() -> list[Setting]:
     return [
         (
             dict(block=block, warps=warps),
-            [(fold, "FOLD_BLOCK", block), (fold, "_warps", lambda _, warps=warps: warps)],
+            [(fold, "FOLD_BLOCK", block), (fold, "_warps", lambda *_, warps=warps: warps)],
         )
         for block, warps in sizes
     ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .launch import _C, device_guard, next_power_of_2, stream_of, tl, triton
 from .logit_block import LN2, LOG2E, logit_block
-from .token_stats import PARTS, Coefficients
+from .token_stats import FEWEST_PARTS, PARTS, Coefficients
 
 # A larger d raises the anchor, for two reasons: exp must not overflow, and the entropy is a
 # difference of numbers as large as the largest d. As in csrc/token_stats.h.
@@ -279,7 +279,7 @@ def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None
             n, v, b.first_column, b.raw.stride(0), out.stride(0), b.logit_scale, b.softcap or 1.0,
             -(-blocks // splits) * block,
             HAS_BIAS=b.bias is not None, HAS_SOFTCAP=b.softcap is not None,
-            STORE=store is not None, N_PARTS=n_parts, BLOCK=block, num_warps=_warps(block),
+            STORE=store is not None, N_PARTS=n_parts, BLOCK=block, num_warps=_warps(block, n_parts),
         )  # fmt: skip
     return parts
 
@@ -337,8 +337,9 @@ def reanchor(impl: str, store: Tensor, parts: Tensor, cols_per_part: int) -> Non
         store[rows, columns] = (store[rows, columns].float() * weight[:, None]).to(store.dtype)
 
 
-def _warps(block: int) -> int:
-    return max(1, min(8, block // 256))
+def _warps(block: int, n_parts: int = FEWEST_PARTS) -> int:
+    """All the sums take more registers than a thread has for 16 logits."""
+    return max(1, min(8 if n_parts == FEWEST_PARTS else 16, block // 256))
 
 
 def _c_block(b: Logits):
@@ -368,9 +369,8 @@ _AOT_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK": FOLD_BLOCK}
 # What ahead-of-time compilation checks: (kernel, argument types, constants, warps); i32 elsewhere.
 AOT = [
     *(
-        (_forward_kernel, _AOT_BLOCK, _AOT_FLAGS | stored | parts, _warps(FOLD_BLOCK))
-        for stored in ({"STORE": True}, {"STORE": False})
-        for parts in ({"N_PARTS": 2}, {"N_PARTS": 6})
+        (_forward_kernel, _AOT_BLOCK, _AOT_FLAGS | flags, _warps(FOLD_BLOCK, flags["N_PARTS"]))
+        for flags in (dict(STORE=stored, N_PARTS=n) for stored in (True, False) for n in (2, 6))
     ),
     (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": True}, _warps(FOLD_BLOCK)),
     (_backward_kernel, _AOT_BLOCK, {**_AOT_FLAGS, "HAS_BETA": False}, _warps(FOLD_BLOCK)),
