@@ -77,6 +77,7 @@ def launch(
     out: Tensor, lse: Tensor, out_shared: Tensor, lse_shared: Tensor, has_prefix: Tensor | None
 ) -> None:
     tokens, heads, size = out.shape
+    block = next_power_of_2(size)
     with device_guard(out):
         _merge_kernel[(-(-tokens // BLOCK_TOKENS), heads)](
             out,
@@ -92,8 +93,13 @@ def launch(
             lse_shared.stride(0),
             HAS_PREFIX=has_prefix is not None,
             BLOCK_TOKENS=BLOCK_TOKENS,
-            BLOCK_SIZE=next_power_of_2(size),
+            BLOCK_SIZE=block,
+            num_warps=_warps(block),
         )
+
+
+def _warps(block_size: int) -> int:
+    return 8 if block_size > 128 else 4
 
 
 def merge(
@@ -114,7 +120,7 @@ AOT = [
         | dict.fromkeys(("lse", "lse_shared"), "*fp32")
         | {"has_prefix": "*i1"},
         {"HAS_PREFIX": has_prefix, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_SIZE": size},
-        4,
+        _warps(size),
     )
     for has_prefix, size in ((False, 128), (True, 256))
 ]
