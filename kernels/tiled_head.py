@@ -289,16 +289,16 @@ def head_backward(
     The vocabulary is the outer loop: a tile of d_weight is summed over the runs in float32 and
     written once. `plain`: only logp has an upstream gradient.
     """
-    longest = max((len(rows.targets) for rows, _ in runs), default=0)
     vocab, device, dtype = len(head.weight), head.weight.device, head.options.dtype
     written = len(runs) == 1 and not accumulate  # a tile of d_weight in one product
-    tile_bytes = for_device(BACKWARD_TILE, device)
-    width = min(tile_width(longest, tile_bytes), vocab)
-    if plain and d_bias is None and _takes_no_memory(head, runs, d_weight, written):
-        width = vocab
+    width = _backward_width(head, runs, plain and d_bias is None, d_weight, written)
     again = max((len(rows.targets) for rows, _ in runs if rows.kept is None), default=0)
     scratch = Scratch(0 if head.options.impl == "fused" else again, width, device)
     factors = [_row_factor(head, rows, c, plain) for rows, c in runs]
+    scaled = [
+        rows.hidden if factor is None or d_weight is None else (rows.hidden * factor).to(dtype)
+        for (rows, _), factor in zip(runs, factors, strict=True)
+    ]
     for columns in slices(vocab, max(width, 1)):
         weight = head.weight[columns].to(dtype)
         weight_sum = None
@@ -310,8 +310,7 @@ def head_backward(
             if d_hidden is not None:
                 add_product(d_hidden[index], grad, weight)
             if weight_sum is not None:
-                hidden = rows.hidden if factor is None else (rows.hidden * factor).to(dtype)
-                weight_sum.add_product(grad.t(), hidden)
+                weight_sum.add_product(grad.t(), scaled[index])
             if bias_sum is not None:
                 bias_sum.add((grad if factor is None else grad * factor).sum(0).float())
         for total in (weight_sum, bias_sum):
@@ -322,12 +321,18 @@ def head_backward(
             total.mul_(factor)
 
 
-def _takes_no_memory(head: Head, runs, d_weight: Tensor | None, written: bool) -> bool:
-    """Whether gradients are products of tensors that are there, so that tiles save nothing."""
-    dtype = head.options.dtype
+def _backward_width(head: Head, runs, simple: bool, d_weight: Tensor | None, written: bool) -> int:
+    """Columns of a tile. Where gradients are products of tensors that are there, tiles save nothing
+    but what a weight's conversion takes."""
+    vocab, dtype = len(head.weight), head.options.dtype
+    longest = max((len(rows.targets) for rows, _ in runs), default=0)
+    width = min(tile_width(longest, for_device(BACKWARD_TILE, head.weight.device)), vocab)
     kept = all(rows.kept is not None and rows.kept.dtype == dtype for rows, _ in runs)
-    at_once = d_weight is None or d_weight.dtype == torch.float32 or written
-    return kept and at_once and head.weight.dtype == dtype
+    direct = d_weight is None or d_weight.dtype == torch.float32
+    direct = direct or (written and d_weight is not None and d_weight.dtype == dtype)
+    if not (simple and kept and direct):
+        return width
+    return vocab if head.weight.dtype == dtype else max(width, min(CONVERTED_ENTRIES, vocab))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from prefuse.kernels.head_plan import DEFAULT_BUDGET, plan
 from prefuse.kernels.tiled_head import (
     BACKWARD_TILE,
+    CONVERTED_ENTRIES,
     FORWARD_TILE,
     MAX_ROWS,
     for_device,
@@ -194,11 +195,14 @@ class _Head(torch.autograd.Function):
             width = work.width(max(run, 1), entries, BACKWARD_TILE)
             held = [torch.empty(width * run if len(ctx.kept) < work.tokens else 0)]
             if weight.dtype != operand.dtype:
-                held.append(torch.empty((width, weight.shape[1]), dtype=operand.dtype))
+                whole = len(ctx.kept) == work.tokens and ctx.kept.dtype == operand.dtype
+                cast = max(width, min(CONVERTED_ENTRIES, entries)) if whole else width
+                held.append(torch.empty((cast, weight.shape[1]), dtype=operand.dtype))
             at_once = weight.dtype == operand.dtype and run == work.tokens
             if weight.dtype != torch.float32 and not at_once:  # a tile's sum
                 held.append(torch.empty((width, weight.shape[1])))
-            held.append(torch.empty_like(operand[:run]))  # times a factor a token
+            if d_weight is not None:
+                held.append(torch.empty_like(operand))  # times a factor a token
             del held, operand
             out = torch.zeros_like(rows)
             del d_hidden
@@ -222,7 +226,9 @@ class _Inline(torch.autograd.Function):
             del fold
             width = work.width(run, entries, BACKWARD_TILE)
             if weight.dtype != operand.dtype:
-                held.append(torch.empty((width, rows.shape[1]), dtype=operand.dtype))
+                cast = max(width, min(CONVERTED_ENTRIES, entries))
+                cast = cast if stash == operand.dtype else width
+                held.append(torch.empty((cast, rows.shape[1]), dtype=operand.dtype))
             held += [torch.empty((run, rows.shape[1])) for _ in range(3)]
             del held, operand
             ctx.save_for_backward(d_hidden, d_weight)
