@@ -9,7 +9,7 @@ import pytest
 import torch
 from online_runs import PROMPTS, REWARDS
 from pretend_gpu import WAITS, Gpu
-from tiny import pair_rows, sft_rows, tiny_model, write_model, write_rows
+from tiny import needs, pair_rows, sft_rows, tiny_model, write_model, write_rows
 
 from prefuse.trainer import loop
 from prefuse.trainer.cli import main
@@ -29,11 +29,16 @@ OFFLINE = [
     ("dpo", pair_rows(24), ["--gradient_accumulation_steps", "2"]),
     ("kto", LABELLED, []),
     ("reward", pair_rows(24), []),
+    pytest.param(
+        "dpo",
+        pair_rows(24),
+        ["--use_peft", "--precompute_ref_log_probs"],
+        marks=(FULL, needs("peft", "peft")),
+    ),
     *(
         pytest.param(name, rows, more, marks=FULL)
         for name, rows, more in (
             ("sft", sft_rows(24), ["--gradient_checkpointing"]),
-            ("dpo", pair_rows(24), ["--use_peft", "--precompute_ref_log_probs"]),
             ("dpo", pair_rows(24), ["--sync_ref_model", "--ref_model_sync_steps", "1"]),
             ("kto", LABELLED, ["--loss_type", "bco"]),
             ("kto", LABELLED, ["--loss_type", "dro_v"]),

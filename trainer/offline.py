@@ -143,7 +143,7 @@ def placed(config, scorer: Any, ranks: Ranks, frozen: bool = False) -> Any:
     check(scorer, ranks.device, tolerance=1e-3 if exact else 0.2)
     if config.bf16 and exact:  # whose attention is another kernel on a GPU
         with autocast(config, ranks):
-            check(scorer, ranks.device, tolerance=0.2)
+            check(scorer, ranks.device, tolerance=0.5)  # the model's own logits are rounded
     reshard(scorer)
     return scorer
 
