@@ -46,7 +46,7 @@ from prefuse.trainer.data import Example, Sequence
 from prefuse.trainer.dist import start
 from prefuse.trainer.loop import autocast, make_optimizer
 from prefuse.trainer.objectives import dpo, live_reference
-from prefuse.trainer.offline import placed, prepare
+from prefuse.trainer.offline import compile_layers, placed, prepare
 from prefuse.trainer.schedule import Schedule
 from prefuse.trainer.scores import Scorer
 
@@ -100,7 +100,9 @@ def run_prefuse(
         )
         model = random_model(shape, PRECISIONS[precision][0], ATTENTION)
         scorer = placed(config, Scorer(model, config.layout).eval(), ranks)
-        score = live_reference(Scorer(deepcopy(model), config.layout).eval().requires_grad_(False))
+        frozen = Scorer(deepcopy(model), config.layout).eval().requires_grad_(False)
+        compile_layers(config, frozen)
+        score = live_reference(frozen)
         prepare(config, scorer)
 
         def reference(packed):

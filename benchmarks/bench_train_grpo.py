@@ -50,7 +50,7 @@ from prefuse.trainer.dist import start
 from prefuse.trainer.learners.controls import Controls
 from prefuse.trainer.learners.policy import policy
 from prefuse.trainer.loop import make_optimizer
-from prefuse.trainer.offline import placed, prepare
+from prefuse.trainer.offline import compile_layers, placed, prepare
 from prefuse.trainer.online import Models, OnlineSchedule
 from prefuse.trainer.online_config import GRPOConfig
 from prefuse.trainer.prompts import Prompt
@@ -154,6 +154,7 @@ def run_prefuse(
         reference = None
         if beta:
             reference = Scorer(deepcopy(model), config.layout).eval().requires_grad_(False)
+            compile_layers(config, reference)
         prepare(config, scorer)
         models, controls, meter = Models(scorer, scorer, reference), Controls(beta), Meter(ranks)
         learner = policy(config, controls, ranks.total)
