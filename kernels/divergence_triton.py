@@ -82,8 +82,15 @@ def _terms_block(x_s, x_t, lse_s, lse_t, offset, weight, rest, inside, KIND: tl.
         total = tl.where(r > 0, rest, weight) + share * decay
         lost = -share * (1.0 - decay) - (total - 1.0)
         log_total = tl.log(total) + tl.where(total > 0.5, lost / total, 0.0)
-        far_t = tl.where(p_t > 0, p_t * tl.where(r > 0, log_total + r, log_total), 0.0)
-        far_s = tl.where(p_s > 0, p_s * tl.where(r > 0, log_total, log_total - r), 0.0)
+        # log (p_M / p) of the less likely side: near 0 its two parts would leave their errors
+        part = tl.where(r > 0, rest, weight) * (1.0 - decay)
+        log_whole = tl.log(decay + part) + size
+        ratio = part / decay
+        series = 1.0 / 3.0 - ratio * (0.25 - ratio * (0.2 - ratio * (1.0 / 6.0)))
+        series = ratio * (1.0 - ratio * (0.5 - ratio * series))
+        log_whole = tl.where(ratio < 0.1, series, log_whole)
+        far_t = tl.where(p_t > 0, p_t * tl.where(r > 0, log_whole, log_total), 0.0)
+        far_s = tl.where(p_s > 0, p_s * tl.where(r > 0, log_total, log_whole), 0.0)
         far = -weight * far_t - rest * far_s
         value = tl.where(near, weight * p_t * near_t + rest * p_s * near_s, far)
         slope = -rest * tl.where(near, p_s * 2.0 * z_s * (1.0 + tail_s), far_s)
