@@ -13,7 +13,8 @@ logp and E the exponentials of the fold, the target's replaced by -S:
 so any loss costs three GEMMs when E is kept ("stash": V elements a token, bfloat16 for 16-bit
 inputs) and four when it is made again ("recompute"). A frozen weight or hidden skips its GEMM;
 tokens with no upstream gradient skip GEMMs 2 and 3. All sums, and both gradients until they are
-written, are float32. GEMMs are PyTorch's; the fold is fold.py's.
+written, are float32. GEMMs are PyTorch's and the fold is fold.py's, or GEMM 1 and the fold are one
+kernel, gemm_fold.py's.
 
 `linear_token_loss` does the same for a loss that is a function of each token alone: forward and
 backward of a run of tokens follow each other, in three GEMMs and constant memory.
