@@ -51,8 +51,8 @@ def patched(changes: list) -> Iterator[None]:
 def gemm_settings() -> list[Setting]:
     found: list[Setting] = []
     for height, width, depth, stages in GEMM_TILES:
-        for group in (16, 8, 64):
-            tile = dict(BM=height, BN=width, BK=depth, GROUP=group)
+        for group, flatten in ((16, False), (16, True), (8, False), (64, False)):
+            tile = dict(BM=height, BN=width, BK=depth, GROUP=group, FLATTEN=flatten)
             launch = dict(num_warps=8, num_stages=stages)
             changes = [(gemm_fold, "TILE", tile), (gemm_fold, "LAUNCH", launch)]
             found.append((tile | launch, changes))

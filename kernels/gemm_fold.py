@@ -29,8 +29,9 @@ except ImportError:
     TensorDescriptor = None
 
 _MAX_EXPONENT, _EXCLUDED = tl.constexpr(MAX_EXPONENT), tl.constexpr(EXCLUDED)
-# Rows, columns and depth of a tile; rows of tiles whose operands share the cache.
-TILE = dict(BM=128, BN=256, BK=64, GROUP=16)
+# Rows, columns and depth of a tile; rows of tiles whose operands share the cache; whether a tile's
+# first loads go out before the last one's epilogue is over.
+TILE = dict(BM=128, BN=256, BK=64, GROUP=16, FLATTEN=False)
 NARROW = TILE | dict(BN=128)  # where the entropy and its like would spill registers
 LAUNCH = dict(num_warps=8, num_stages=3)
 
@@ -86,9 +87,10 @@ def _forward_kernel(
     n_rows, n_cols, depth, first_column, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, N_PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN), PROGRAMS):
+    tiles = tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         row_tile, col_tile = _place(tile, n_rows, n_cols, BM, BN, GROUP)
         rows = row_tile * BM + tl.arange(0, BM)
         columns = col_tile * BN + tl.arange(0, BN)
@@ -134,9 +136,10 @@ def _backward_kernel(
     n_rows, n_cols, depth, first_column, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BETA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN), PROGRAMS):
+    tiles = tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         row_tile, col_tile = _place(tile, n_rows, n_cols, BM, BN, GROUP)
         rows = row_tile * BM + tl.arange(0, BM)
         columns = col_tile * BN + tl.arange(0, BN)
