@@ -102,7 +102,8 @@ class Waits:
 
 @cache
 def _is_ours(file: str) -> bool:
-    return str(Path(file).resolve()).startswith(ROOT)
+    """Not of a package, which may be installed inside the clone."""
+    return "site-packages" not in file and str(Path(file).resolve()).startswith(ROOT)
 
 
 WAITS = Waits()
