@@ -51,34 +51,33 @@ class Product(NamedTuple):
 
 
 @triton.jit
-def _place(tile, n_rows, n_cols, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles are done before the next."""
-    row_tiles = tl.cdiv(n_rows, BM)
+def _distances(
+    tile, hidden, weight, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
+    n_rows, n_cols, depth, first_column, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile's place, rows and columns; of its logits d in units of log 2, the softcap's slope and
+    where the target is; 1 / temperature. GROUP rows of tiles are done before the next."""
     in_group = GROUP * tl.cdiv(n_cols, BN)
     first = tile // in_group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    return first + tile % in_group % height, tile % in_group // height
-
-
-@triton.jit
-def _distances(
-    hidden, weight, row_tile, col_tile, rows, in_rows, columns, n_cols, depth, first_column,
-    targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """d in units of log 2, the softcap's slope, where the target is, and 1 / temperature."""
+    height = tl.minimum(tl.cdiv(n_rows, BM) - first, GROUP)
+    row_tile, col_tile = first + tile % in_group % height, tile % in_group // height
+    rows = row_tile * BM + tl.arange(0, BM)
+    columns = col_tile * BN + tl.arange(0, BN)
     z = tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth, BK):
         z = tl.dot(hidden.load([row_tile * BM, k]), weight.load([col_tile * BN, k]).T, z)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=columns < n_cols, other=0.0)[None, :]
     z, slope = final_block(z, scale, softcap, HAS_SOFTCAP)
+    in_rows = rows < n_rows
     target = tl.load(targets_ptr + rows, mask=in_rows, other=0) - first_column
     anchor = tl.load(anchor_ptr + rows, mask=in_rows, other=0.0)
     inverse_temp = tl.load(inverse_temp_ptr + rows, mask=in_rows, other=1.0)
     d = (z - anchor[:, None]) * (inverse_temp * LOG2E)[:, None]
-    return d, slope, columns[None, :] == target[:, None], inverse_temp
+    is_target = columns[None, :] == target[:, None]
+    return row_tile, col_tile, rows, columns, d, slope, is_target, inverse_temp
 
 
 @triton.jit
@@ -91,15 +90,12 @@ def _forward_kernel(
 ):  # fmt: skip
     tiles = tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        row_tile, col_tile = _place(tile, n_rows, n_cols, BM, BN, GROUP)
-        rows = row_tile * BM + tl.arange(0, BM)
-        columns = col_tile * BN + tl.arange(0, BN)
-        in_rows = rows < n_rows
-        d, slope, is_target, _ = _distances(
-            hidden, weight, row_tile, col_tile, rows, in_rows, columns, n_cols, depth, first_column,
-            targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, BM, BN, BK,
+        row_tile, col_tile, rows, columns, d, slope, is_target, _ = _distances(
+            tile, hidden, weight, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
+            n_rows, n_cols, depth, first_column, scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, BM, BN, BK, GROUP,
         )  # fmt: skip
+        in_rows = rows < n_rows
         last = (col_tile + 1) * BN > n_cols  # of a row of tiles: it may reach beyond
         inside = (columns < n_cols)[None, :]
         out = parts_ptr + col_tile.to(tl.int64) * N_PARTS * n_rows + rows
@@ -140,15 +136,12 @@ def _backward_kernel(
 ):  # fmt: skip
     tiles = tl.cdiv(n_rows, BM) * tl.cdiv(n_cols, BN)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        row_tile, col_tile = _place(tile, n_rows, n_cols, BM, BN, GROUP)
-        rows = row_tile * BM + tl.arange(0, BM)
-        columns = col_tile * BN + tl.arange(0, BN)
-        in_rows = rows < n_rows
-        d, slope, is_target, inverse_temp = _distances(
-            hidden, weight, row_tile, col_tile, rows, in_rows, columns, n_cols, depth, first_column,
-            targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, BM, BN, BK,
+        row_tile, col_tile, rows, columns, d, slope, is_target, inverse_temp = _distances(
+            tile, hidden, weight, targets_ptr, anchor_ptr, inverse_temp_ptr, bias_ptr,
+            n_rows, n_cols, depth, first_column, scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, BM, BN, BK, GROUP,
         )  # fmt: skip
+        in_rows = rows < n_rows
         factor = inverse_temp * scale
         d -= (tl.load(shift_ptr + rows, mask=in_rows, other=0.0) * LOG2E)[:, None]
         per_e = (tl.load(alpha_ptr + rows, mask=in_rows, other=0.0) * factor)[:, None]
