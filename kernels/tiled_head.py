@@ -127,31 +127,20 @@ class Scratch:
 def _block(head: Head, rows: Rows, columns: slice, out: Tensor) -> Logits:
     """GEMM 1 for a tile of the vocabulary, into `out` [n, v]."""
     weight = head.weight[columns].to(head.options.dtype).t()
-    return Logits(
-        matmul(rows.hidden, weight, out),
-        rows.targets,
-        rows.anchor,
-        rows.inverse_temperature,
-        columns.start,
-        None if head.bias is None else head.bias[columns].float(),
-        head.options.logit_scale,
-        head.options.softcap,
-    )
+    return Logits(matmul(rows.hidden, weight, out), *_shaping(head, rows, columns))
 
 
 def _product(head: Head, rows: Rows, columns: slice) -> Product:
     """The same tile as one product, whose logits are never written."""
-    return Product(
-        rows.hidden,
-        head.weight[columns].to(head.options.dtype),
-        rows.targets,
-        rows.anchor,
-        rows.inverse_temperature,
-        columns.start,
-        None if head.bias is None else head.bias[columns].float(),
-        head.options.logit_scale,
-        head.options.softcap,
-    )
+    weight = head.weight[columns].to(head.options.dtype)
+    return Product(rows.hidden, weight, *_shaping(head, rows, columns))
+
+
+def _shaping(head: Head, rows: Rows, columns: slice) -> tuple:
+    """What makes final logits of a tile's products, as Logits and Product name it."""
+    bias = None if head.bias is None else head.bias[columns].float()
+    per_token = rows.targets, rows.anchor, rows.inverse_temperature
+    return *per_token, columns.start, bias, head.options.logit_scale, head.options.softcap
 
 
 def anchor_logits(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

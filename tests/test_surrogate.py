@@ -81,15 +81,11 @@ def test_extremes(rule, impl, device):
     given = dict.fromkeys(Tokens._fields) | dict(logp=torch.zeros_like(u), advantages=a)
     given |= dict(old_logp=-u, ref_logp=-k)
     settings = Settings(rule, *BOUNDS[rule], "ratio_k3", 0.1)
-    *wanted, counters = run(given, settings, "reference", torch.float32)
-    *got, counted = run(given, settings, impl, torch.float32, device)
+    wanted = run(given, settings, "reference", torch.float32)
+    got = run(given, settings, impl, torch.float32, device)
     for w, g in zip(wanted, got, strict=True):
         assert g.isfinite().all()
         assert_close(g, w, rtol=2e-5, atol=1e-5)
-    assert_close(counted[:4], counters[:4], rtol=2e-5, atol=1e-5)
-    # 79 e^80 - 80 e^80 is in the last: what its parts are rounded by, which make up the losses
-    parts = float(wanted[0].abs().sum()) / settings.kl_coef
-    assert abs(float(counted[4] - counters[4])) <= 2**-23 * parts
 
 
 @pytest.mark.parametrize("impl, device", IMPLS)
