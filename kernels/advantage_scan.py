@@ -70,6 +70,19 @@ def _scan_block(rewards, next_values, next_acts, ends, at_end, gamma, lam, carri
 
 
 @triton.jit
+def _sum_parts(parts, arrived, statistics, BLOCK: tl.constexpr):
+    """The last program adds up the parts of all, in their order: the same bits in every run."""
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for k in tl.static_range(3):
+            lanes = tl.zeros([BLOCK], tl.float64)
+            for first in range(0, tl.num_programs(0), BLOCK):
+                other = first + tl.arange(0, BLOCK)
+                known = other < tl.num_programs(0)
+                lanes += tl.load(parts + 3 * other + k, mask=known, other=0.0, volatile=True)
+            tl.store(statistics + k, tl.sum(lanes, 0))
+
+
+@triton.jit
 def _gae_kernel(
     rewards,
     values,
@@ -156,15 +169,7 @@ def _gae_kernel(
         tl.store(parts + 3 * sequence + 1, sum_)
         tl.store(parts + 3 * sequence + 2, squares)
         tl.debug_barrier()
-        # The last program adds up the parts of all, in their order: the same bits in every run.
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            for k in tl.static_range(3):
-                lanes = tl.zeros([BLOCK], tl.float64)
-                for first in range(0, tl.num_programs(0), BLOCK):
-                    other = first + tl.arange(0, BLOCK)
-                    known = other < tl.num_programs(0)
-                    lanes += tl.load(parts + 3 * other + k, mask=known, other=0.0, volatile=True)
-                tl.store(statistics + k, tl.sum(lanes, 0))
+        _sum_parts(parts, arrived, statistics, BLOCK)
 
 
 class Results(NamedTuple):

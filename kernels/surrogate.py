@@ -148,6 +148,59 @@ def _store(x, token, here, value, whole):
 
 
 @triton.jit
+def _rule(lp, a, ratio, ratio_1, slope, low, high, cap, RULE: tl.constexpr):
+    """A token's loss, its derivative in u and that in log pi."""
+    by_ratio = tl.zeros_like(lp)
+    by_logp = tl.zeros_like(lp)
+    clipped = tl.minimum(tl.maximum(ratio, low), high)
+    if RULE == 0:
+        plain = tl.minimum(ratio, cap) * a
+        held = clipped * a
+        value = -tl.minimum(plain, held)
+        inside = (ratio >= low) & (ratio <= high)
+        moves = tl.where(plain <= held, ratio <= cap, inside)
+        by_ratio = tl.where(moves, -slope * a, 0.0)
+    elif RULE == 1:
+        by_logp = -clipped * a
+        value = by_logp * lp
+    else:
+        tau = tl.where(a > 0, low, high)
+        x = tau * ratio_1
+        tail = tl.exp(-tl.abs(x))
+        gate = tl.where(x > 0, 1.0, tail) / (1.0 + tail)
+        value = -4.0 / tau * gate * a
+        by_ratio = -4.0 * tail / ((1.0 + tail) * (1.0 + tail)) * slope * a
+    return value, by_ratio, by_logp
+
+
+@triton.jit
+def _penalty(k, u, ratio, slope, KL: tl.constexpr):
+    """A token's KL, its derivative in u, which is at most LARGEST_EXPONENT, and that in log pi."""
+    by_ratio = tl.zeros_like(k)
+    largest = tl.full(k.shape, 80.0, tl.float32)
+    if KL == 4:  # the product with the ratio is what must not overflow
+        largest = 80.0 - tl.maximum(u, 0.0)
+    back = tl.minimum(-k, largest)
+    back_1 = _less_1(back, tl.exp(back))
+    k3 = back_1 + k
+    k3_slope = tl.where(-k <= largest, -back_1, 1.0)
+    if KL == 1:
+        kl = k
+        by_logp = tl.full(k.shape, 1.0, tl.float32)
+    elif KL == 2:
+        kl = 0.5 * k * k
+        by_logp = k
+    elif KL == 3:
+        kl = k3
+        by_logp = k3_slope
+    else:
+        kl = ratio * k3
+        by_logp = ratio * k3_slope
+        by_ratio = slope * k3
+    return kl, by_ratio, by_logp
+
+
+@triton.jit
 def _surrogate_kernel(
     logp,
     advantages,
@@ -194,26 +247,7 @@ def _surrogate_kernel(
     ratio = tl.exp(bounded)
     ratio_1 = _less_1(bounded, ratio)
     slope = tl.where(u <= 80.0, ratio, 0.0)  # of the ratio in u
-    clipped = tl.minimum(tl.maximum(ratio, low), high)
-    by_ratio = tl.zeros_like(lp)
-    by_logp = tl.zeros_like(lp)
-    if RULE == 0:
-        plain = tl.minimum(ratio, cap) * a
-        held = clipped * a
-        value = -tl.minimum(plain, held)
-        inside = (ratio >= low) & (ratio <= high)
-        moves = tl.where(plain <= held, ratio <= cap, inside)
-        by_ratio = tl.where(moves, -slope * a, 0.0)
-    elif RULE == 1:
-        by_logp = -clipped * a
-        value = by_logp * lp
-    else:
-        tau = tl.where(a > 0, low, high)
-        x = tau * ratio_1
-        tail = tl.exp(-tl.abs(x))
-        gate = tl.where(x > 0, 1.0, tail) / (1.0 + tail)
-        value = -4.0 / tau * gate * a
-        by_ratio = -4.0 * tail / ((1.0 + tail) * (1.0 + tail)) * slope * a
+    value, by_ratio, by_logp = _rule(lp, a, ratio, ratio_1, slope, low, high, cap, RULE)
     if HAS_WEIGHT:
         w = _load(weight, token, here, keep, whole)
         value *= w
@@ -222,27 +256,9 @@ def _surrogate_kernel(
     kl = tl.zeros_like(lp)
     if KL > 0:
         k = lp - _load(ref_logp, token, here, keep, whole)
-        largest = tl.full(k.shape, 80.0, tl.float32)
-        if KL == 4:  # the product with the ratio is what must not overflow
-            largest = 80.0 - tl.maximum(bounded, 0.0)
-        back = tl.minimum(-k, largest)
-        back_1 = _less_1(back, tl.exp(back))
-        k3 = back_1 + k
-        k3_slope = tl.where(-k <= largest, -back_1, 1.0)
-        if KL == 1:
-            kl = k
-            kl_by_logp = tl.full(k.shape, 1.0, tl.float32)
-        elif KL == 2:
-            kl = 0.5 * k * k
-            kl_by_logp = k
-        elif KL == 3:
-            kl = k3
-            kl_by_logp = k3_slope
-        else:
-            kl = ratio * k3
-            kl_by_logp = ratio * k3_slope
-            by_ratio += kl_coef * slope * k3
+        kl, kl_by_ratio, kl_by_logp = _penalty(k, bounded, ratio, slope, KL)
         value += kl_coef * kl
+        by_ratio += kl_coef * kl_by_ratio
         by_logp += kl_coef * kl_by_logp
     _store(loss, token, here, tl.where(keep, value, 0.0), whole)
     if HAS_GRAD:
