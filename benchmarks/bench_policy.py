@@ -1,5 +1,6 @@
 """policy_loss forward + backward on a million tokens, beside the same loss in eager PyTorch (as
-TRL's trainer writes it), under torch.compile, and Liger's.
+TRL's trainer writes it), under torch.compile, and Liger's. PPO's advantages are those of tokens,
+which Liger does not take; the others' are those of completions.
 
 Bytes counted: log pi, log pi_old, A and the mask read, the loss and the gradient written; the KL
 penalty reads log pi_ref too. On a GPU "ms" is the time on the device, of replayed CUDA graphs over
@@ -24,7 +25,7 @@ from prefuse.kernels.policy import policy_loss
 SHAPES = {"tiny": (8, 64), "cpu": (1024, 1024), "cuda": (1024, 1024)}
 BETA = 0.04
 SETS = 24  # of inputs, 9 MB each or more
-CASES = [("ppo", False), ("grpo", True), ("ppo", True), ("gspo", True), ("cispo", False)]
+CASES = [("ppo", False), ("grpo", True), ("dapo", True), ("gspo", True), ("cispo", False)]
 COMPILED_ON_A_GPU = CASES[:1]  # a compilation takes as long as everything else
 LIMITS = {"relative error of loss": 1e-4, "of gradient": 1e-4}
 PEER_LIMITS = {"relative error of loss": 1e-2, "of gradient": 1e-2}
@@ -50,15 +51,15 @@ def eager(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tens
 
 
 def ours(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tensor:
-    clip: dict[str, Any] = dict(epsilon=0.2, epsilon_high=0.2) if loss_type == "gspo" else {}
-    clip |= dict(ref_logp=ref if beta else None, beta=beta)
-    return policy_loss(logp, old, advantages, mask, loss_type=loss_type, **clip).mean()
+    given: dict[str, Any] = dict(ref_logp=ref if beta else None, beta=beta)
+    if loss_type in ("gspo", "dapo"):
+        given |= dict(epsilon=0.2, epsilon_high=0.2)
+    return policy_loss(logp, old, advantages, mask, loss_type=loss_type, **given).mean()
 
 
 def liger(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
-    names = dict(ppo="dapo", grpo="grpo", gspo="grpo", cispo="cispo")
     level = "sequence" if loss_type == "gspo" else "token"
     high = 5.0 if loss_type == "cispo" else 0.2
     keep = mask.to(logp.dtype)
@@ -70,7 +71,7 @@ def liger(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tens
         ref_per_token_logps=ref,
         old_per_token_logps=old,
         beta=beta,
-        loss_type=names[loss_type],
+        loss_type="grpo" if loss_type == "gspo" else loss_type,
         importance_sampling_level=level,
         epsilon_high=high,
     )[0]
@@ -79,7 +80,7 @@ def liger(loss_type: str, logp, old, ref, advantages, mask, beta: float) -> Tens
 def inputs(size: str, loss_type: str, with_kl: bool) -> tuple:
     shape, dev = SHAPES[size], device()
     logp, old, ref = (-torch.rand(shape, device=dev) for _ in range(3))
-    advantages = torch.randn(shape[0], 1, device=dev)
+    advantages = torch.randn(shape if loss_type == "ppo" else (shape[0], 1), device=dev)
     mask = torch.rand(shape, device=dev) < 0.9
     return loss_type, logp.requires_grad_(), old, ref, advantages, mask, BETA * with_kl
 
@@ -88,7 +89,7 @@ def losses(size: str, loss_type: str, with_kl: bool) -> dict[str, Callable[..., 
     found: dict[str, Callable[..., Tensor]] = {"prefuse": ours, "eager (TRL's formula)": eager}
     if size == "cpu" or (size == "cuda" and (loss_type, with_kl) in COMPILED_ON_A_GPU):
         found["torch.compile of it"] = torch.compile(eager, dynamic=False)
-    if importlib.util.find_spec("liger_kernel"):
+    if loss_type != "ppo" and importlib.util.find_spec("liger_kernel"):
         found["Liger"] = liger
     return found
 

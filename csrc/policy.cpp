@@ -30,7 +30,7 @@ struct Staged {
 
 struct Evaluated {
   float loss[kPolicyBlock], by_ratio[kPolicyBlock], by_logp[kPolicyBlock];
-  float counters[kPolicySums][kPolicyBlock];
+  float counters[kPolicySums - 1][kPolicyBlock];
 };
 
 // Masked tokens become zeros before anything is computed: what stands there may be NaN.
@@ -144,8 +144,9 @@ void blocks(const PolicyArguments& a, int threads) {
     stage(a, first, n, staged);
     evaluate<kRule, kKl>(a, n, staged, out);
     std::copy_n(out.loss, n, a.loss + first);
-    for (int i = 0; i < kPolicySums; ++i)
-      a.sums[block * kPolicySums + i] = block_sum(out.counters[i], n);
+    float* sums = a.sums + block * kPolicySums;
+    for (int i = 0; i < kPolicySums - 1; ++i) sums[i] = block_sum(out.counters[i], n);
+    sums[kPolicySums - 1] = block_sum(out.loss, n);
     if (a.d_logp && a.d_ratio) {
       std::copy_n(out.by_ratio, n, a.d_ratio + first);
       std::copy_n(out.by_logp, n, a.d_logp + first);

@@ -8,7 +8,7 @@ namespace prefuse {
 enum PolicyRule { kClip = 0, kDetachedClip = 1, kSoft = 2 };
 enum KlKind { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3, kRatioK3 = 4 };
 constexpr int kPolicyBlock = 1024;  // tokens that share a row of `sums`
-constexpr int kPolicySums = 5;      // tokens, clipped low, clipped high, KL to old, KL to reference
+constexpr int kPolicySums = 6;      // tokens, clipped low and high, KL to old, KL to ref, loss
 
 // Arrays are [tokens]; an address of 0 stands for what the comment says.
 struct PolicyArguments {

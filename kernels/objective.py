@@ -25,16 +25,24 @@ class Objective(NamedTuple):
     unit: what one entry of `loss` stands for.
     metrics: detached tensors [units], averaged at the log line, or `Mean`s.
     count: how many entries of `loss` are units, []; all if None. The others are 0.
+    summed: a loss and its sum, [] and differentiable, if one pass made both.
     """
 
     loss: Tensor
     unit: Unit
     metrics: Mapping[str, Tensor | Mean]
     count: Tensor | None = None
+    summed: tuple[Tensor, Tensor] | None = None
+
+    def sum(self) -> Tensor:
+        """The sum of `loss`."""
+        if self.summed is not None and self.summed[0] is self.loss:  # nobody replaced it
+            return self.summed[1]
+        return self.loss.sum()
 
     def mean(self) -> Tensor:
         """The loss of a batch that is neither accumulated nor spread over ranks."""
-        total = self.loss.sum()
+        total = self.sum()
         if self.count is None:  # as a tensor, it would wait for the GPU
             return total / max(1, self.loss.numel())
         return total / self.count.clamp(min=1)

@@ -109,7 +109,8 @@ def policy_loss(
         if more is not None:
             s = s._replace(weight=more if s.weight is None else s.weight * more)
     estimator = kl if full_kl is None and ref_logp is not None else None
-    per_token, means = _token_losses(x, s, ref_logp, estimator, beta)
+    per_token, total, means = _token_losses(x, s, ref_logp, estimator, beta)
+    summed = per_token, total
     if full_kl is not None:
         per_token = per_token + beta * x.kept(full_kl)
         means["kl"] = x.kept(full_kl).detach().sum()
@@ -119,13 +120,15 @@ def policy_loss(
     count = means.pop("tokens")
     metrics = {_METRICS.get(name, name): Mean(total, count) for name, total in means.items()}
     objective = _aggregate(per_token, count, x, aggregation or s.aggregation, max_length)
-    return objective._replace(metrics=metrics)
+    return objective._replace(
+        metrics=metrics, summed=summed if objective.loss is summed[0] else None
+    )
 
 
 def _token_losses(
     x: Actions, s: Surrogate, ref_logp: Tensor | None, estimator: str | None, beta: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token with its KL penalty, and the sums of COUNTERS."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss of each token with its KL penalty, their sum, and those of COUNTERS."""
     tokens = Tokens(
         x.logp,
         x.need("advantages") if s.advantages is None else s.advantages,
@@ -136,11 +139,11 @@ def _token_losses(
         ref_logp,
     )
     settings = Settings(s.rule, s.low, s.high, s.cap, estimator, beta)
-    per_token, counters = surrogate(tokens, settings, x.impl)
+    per_token, total, counters = surrogate(tokens, settings, x.impl)
     means = dict(zip(COUNTERS, counters.unbind(), strict=True))
     if estimator is None:
         del means["kl"]
-    return per_token, {str(name): total for name, total in means.items()}
+    return per_token, total, {str(name): counted for name, counted in means.items()}
 
 
 _METRICS = {
@@ -158,8 +161,7 @@ def _packed(
     shape, length = logp.shape, logp.numel()
     if logp.dim() == 2:
         expect(cu_seqlens is None, "cu_seqlens", "None with [B, L] log-probs", "a tensor")
-        rows = torch.arange(shape[0] + 1, dtype=torch.int32, device=logp.device)
-        cu_seqlens = rows * shape[1]
+        cu_seqlens = _row_boundaries(shape[0], shape[1], logp.device)
     elif cu_seqlens is not None:
         check_boundaries("cu_seqlens", cu_seqlens, length, logp.device)
     for name, value in given.items():
@@ -183,6 +185,12 @@ def _packed(
     for name in set(given) & {"old_logp", "advantages", "ref_logp", "rollout_logp", "weight"}:
         given[name] = None if given[name] is None else given[name].detach()
     return logp, cu_seqlens, given
+
+
+def _row_boundaries(rows: int, length: int, device: torch.device) -> Tensor:
+    if not length:
+        return torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
 
 
 def _correction(

@@ -30,7 +30,7 @@ from .launch import _C, choose_impl, device_guard, has_values, tl, triton
 Rule = Callable[..., Tensor]
 
 BLOCK = 1024  # tokens that share a row of counters
-# what the counters are, summed over the tokens that count
+# what the counters are, summed over the tokens that count; a row of them ends with the loss's sum
 COUNTERS = ("tokens", "clipped_low", "clipped_high", "kl_to_old", "kl")
 
 
@@ -88,7 +88,7 @@ class Settings(NamedTuple):
     kl_coef: float
 
 
-def reference(x: Tokens, s: Settings) -> tuple[Tensor, Tensor]:
+def reference(x: Tokens, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """surrogate(), in the dtype of the log-probs."""
     mask = torch.ones_like(x.logp, dtype=torch.bool) if x.mask is None else x.mask
     # before any arithmetic: 0 times what a masked token holds, such as NaN, would not be 0
@@ -114,7 +114,8 @@ def reference(x: Tokens, s: Settings) -> tuple[Tensor, Tensor]:
     counters = torch.stack(
         [torch.where(mask, value, 0).sum() for value in (mask, low, high, to_old, kl)]
     )
-    return torch.where(mask, loss, 0.0), counters.detach()
+    loss = torch.where(mask, loss, 0.0)
+    return loss, loss.sum(), counters.detach()
 
 
 @triton.jit
@@ -260,14 +261,15 @@ def _surrogate_kernel(
         value += kl_coef * kl
         by_ratio += kl_coef * kl_by_ratio
         by_logp += kl_coef * kl_by_logp
-    _store(loss, token, here, tl.where(keep, value, 0.0), whole)
+    value = tl.where(keep, value, 0.0)
+    _store(loss, token, here, value, whole)
     if HAS_GRAD:
         if HAS_RATIO:
             _store(d_ratio, token, here, tl.where(keep, by_ratio, 0.0), whole)
             _store(d_logp, token, here, tl.where(keep, by_logp, 0.0), whole)
         else:
             _store(d_logp, token, here, tl.where(keep, by_logp + by_ratio, 0.0), whole)
-    row = sums + program * 5
+    row = sums + program * 6
     tl.store(row, tl.sum(keep.to(tl.float32), 0))
     if RULE == 2:
         tl.store(row + 1, 0.0)
@@ -277,6 +279,7 @@ def _surrogate_kernel(
         tl.store(row + 2, tl.sum((keep & (ratio > high) & (a > 0)).to(tl.float32), 0))
     tl.store(row + 3, tl.sum(tl.where(keep, ratio_1 - u, 0.0), 0))
     tl.store(row + 4, tl.sum(tl.where(keep, kl, 0.0), 0))
+    tl.store(row + 5, tl.sum(value, 0))
 
 
 def _launch_triton(x: Tokens, s: Settings, loss, d_logp, d_ratio, sums) -> None:
@@ -335,24 +338,28 @@ class _Surrogate(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         d_logp = torch.empty_like(loss) if wanted else None
         d_ratio = torch.empty_like(loss) if wanted and log_ratio is not None else None
-        sums = loss.new_empty(-(-len(loss) // BLOCK), len(COUNTERS))
+        sums = loss.new_empty(-(-len(loss) // BLOCK), len(COUNTERS) + 1)
         if len(loss):
             (_launch_cpu if impl == "cpu" else _launch_triton)(x, s, loss, d_logp, d_ratio, sums)
         ctx.save_for_backward(d_logp, d_ratio)
-        counters = sums.sum(0)
+        counters, total = sums.sum(0).split([len(COUNTERS), 1])
         ctx.mark_non_differentiable(counters)
-        ctx.set_materialize_grads(False)  # or zeros are made for the counters'
-        return loss, counters
+        ctx.set_materialize_grads(False)  # or zeros are made for what nobody used
+        return loss, total[0], counters
 
     @staticmethod
     def backward(ctx, *grads):
         d_logp, d_ratio = ctx.saved_tensors
-        by_ratio = None if d_ratio is None else grads[0] * d_ratio
-        return grads[0] * d_logp, by_ratio, None, None, None
+        of_loss, of_sum, _ = grads
+        upstream = of_loss if of_sum is None else of_sum
+        if of_loss is not None and of_sum is not None:
+            upstream = of_loss + of_sum
+        by_ratio = None if d_ratio is None else upstream * d_ratio
+        return upstream * d_logp, by_ratio, None, None, None
 
 
-def surrogate(x: Tokens, s: Settings, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Losses [M], differentiable in logp and log_ratio, and COUNTERS [5], detached.
+def surrogate(x: Tokens, s: Settings, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [M] and their sum, differentiable in logp and log_ratio; COUNTERS [5], detached.
 
     float64 log-probs, and rules without a kernel, take the reference; else all is float32.
     impl: "cpu" (C++), "triton" or "reference".

@@ -129,7 +129,7 @@ def gradients(case: Case, rows: list[int]) -> tuple[Tensor, Tensor, list[Tensor]
     for name in case.learnt:
         given[name].requires_grad_()
     objective = case.call(case.part(given, rows))
-    total = objective.loss.sum()
+    total = objective.sum()
     grads = torch.autograd.grad(total, [given[k] for k in case.learnt], allow_unused=True)
     grads = [
         torch.zeros_like(given[k]) if g is None else g

@@ -123,6 +123,22 @@ def call(name, given, **options):
     return policy_loss(**given, loss_type=name, **options)
 
 
+@pytest.mark.parametrize("options", [{}, dict(aggregation="token-mean"), dict(entropy_coef=0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_is_that_of_the_losses(dtype, options):
+    given = draw(dtype)
+    if "entropy_coef" in options:
+        given |= dict(entropy=draw(dtype)["logp"])
+    logp = given["logp"].requires_grad_()
+    found = call("gspo", given, **options)
+    assert (found.summed is None) == (options != dict(aggregation="token-mean"))
+    sums = found.sum(), found.loss.sum()
+    slopes = [torch.autograd.grad(x, logp, retain_graph=True)[0] for x in sums]
+    assert_close((sums[0], slopes[0]), (sums[1], slopes[1]), rtol=1e-6, atol=1e-7)
+    tripled = found._replace(loss=3 * found.loss)
+    assert_close(tripled.sum(), 3 * sums[1], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(name, monkeypatch):
     """Finite differences, with what is detached held at its value: recorded once, then replayed."""

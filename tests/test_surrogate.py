@@ -47,11 +47,13 @@ def run(given, s: Settings, impl: str, dtype, device="cpu"):
         for k, v in given.items()
     }
     wanted = [x[k].requires_grad_() for k in ("logp", "log_ratio") if x[k] is not None]
-    loss, counters = surrogate(Tokens(**x), s, impl)
+    loss, total, counters = surrogate(Tokens(**x), s, impl)
     upstream = torch.linspace(-1, 2, len(loss), dtype=dtype, device=device)
-    grads = torch.autograd.grad((loss * upstream).sum(), wanted, allow_unused=True)
-    grads = [torch.zeros_like(loss) if g is None else g for g in grads]
-    return [t.detach().double().cpu() for t in (loss, *grads, counters)]
+    grads = []
+    for value in ((loss * upstream).sum(), total, loss.sum() + total):
+        found = torch.autograd.grad(value, wanted, allow_unused=True, retain_graph=True)
+        grads += [torch.zeros_like(loss) if g is None else g for g in found]
+    return [t.detach().double().cpu() for t in (loss, total, *grads, counters)]
 
 
 @pytest.mark.parametrize("impl, device", IMPLS)
@@ -95,7 +97,7 @@ def test_small_log_ratios_keep_their_digits(impl, device):
     given = dict.fromkeys(Tokens._fields) | dict(logp=k, advantages=torch.zeros(6))
     given |= dict(old_logp=torch.zeros(6), ref_logp=torch.zeros(6))
     s = Settings(clip, 0.8, 1.2, 3.0, "k3", 1.0)
-    loss, grad, _ = run(given, s, impl, torch.float32, device)
+    loss, _, grad, *_ = run(given, s, impl, torch.float32, device)
     exact = torch.expm1(-k.double()) + k.double()
     assert_close(loss, exact, rtol=2e-3, atol=0)  # eps / k, of the sum exp(-k) - 1 and k
     upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
@@ -108,11 +110,13 @@ def test_no_tokens_and_no_gradient(impl, device):
     s = Settings(clip, 0.8, 1.2, 3.0, None, 0.0)
     none = dict.fromkeys(Tokens._fields)
     tokens = Tokens(**none | dict(logp=empty, advantages=empty, old_logp=empty))
-    loss, counters = surrogate(tokens, s, impl)
-    assert loss.shape == (0,) and (counters == 0).all() and len(counters) == len(COUNTERS)
+    loss, total, counters = surrogate(tokens, s, impl)
+    assert loss.shape == (0,) and total == 0
+    assert (counters == 0).all() and len(counters) == len(COUNTERS)
     ones = torch.ones(3, device=device)
-    loss, _ = surrogate(Tokens(**none | dict(logp=ones, advantages=ones, old_logp=ones)), s, impl)
-    assert not loss.requires_grad
+    tokens = Tokens(**none | dict(logp=ones, advantages=ones, old_logp=ones))
+    loss, total, _ = surrogate(tokens, s, impl)
+    assert not loss.requires_grad and not total.requires_grad
     assert_close(loss, -ones)
 
 

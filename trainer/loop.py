@@ -126,7 +126,7 @@ def backward(
     for batch in batches:
         with autocast(config, ranks), offloaded(config.activation_offloading):
             objective = method.objective(scorer, batch)
-        loss = objective.loss.sum()
+        loss = objective.sum()
         reduce_at(scorer, last=batch is batches[-1])
         (loss / units).backward()
         losses.append(loss.detach())
