@@ -15,7 +15,7 @@ MODULES = ("fold", "gemm_fold", "segments", "advantage_scan", "surrogate")
 MODULES += ("divergence_triton", "attention_merge")
 
 COMPILE = """
-import importlib, inspect, json, re, subprocess, sys, tempfile, types
+import importlib.util, inspect, json, re, subprocess, sys, tempfile, types
 from pathlib import Path
 if importlib.util.find_spec("prefuse") is None:
     sys.modules["prefuse"] = types.ModuleType("prefuse")
