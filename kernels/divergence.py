@@ -84,7 +84,7 @@ def _project(head: Head, hidden: Tensor, columns: slice, out: Tensor) -> Side:
         part = slice(start, min(start + step, out.shape[1]))
         weight = head.weight[columns.start + part.start : columns.start + part.stop]
         matmul(hidden, weight.to(dtype).t(), out[:, part])
-    bias = None if head.bias is None else head.bias[columns].float()
+    bias = None if head.bias is None else head.bias[columns].float().contiguous()
     return Side(out, bias, head.options.logit_scale, head.options.softcap)
 
 

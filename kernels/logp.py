@@ -128,6 +128,7 @@ def token_logp(
         return reference(logits, targets, temperature=temperature, softcap=softcap, outputs=outputs)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
+    targets = targets.contiguous()  # kernels take its address
     return TokenStats(
         *_TokenLogp.apply(
             logits, targets, inverse_temperature, softcap, tuple(outputs), inplace_backward, impl

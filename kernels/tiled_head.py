@@ -138,7 +138,7 @@ def _product(head: Head, rows: Rows, columns: slice) -> Product:
 
 def _shaping(head: Head, rows: Rows, columns: slice) -> tuple:
     """What makes final logits of a tile's products, as Logits and Product name it."""
-    bias = None if head.bias is None else head.bias[columns].float()
+    bias = None if head.bias is None else head.bias[columns].float().contiguous()
     per_token = rows.targets, rows.anchor, rows.inverse_temperature
     return *per_token, columns.start, bias, head.options.logit_scale, head.options.softcap
 

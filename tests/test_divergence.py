@@ -107,6 +107,15 @@ def test_value_and_gradients(name, options, impl, mode, device):
 
 
 # one token, one entry, odd sizes, around a chunk of the pass, more than one tile of the backward
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bias_of_a_table(impl, device):
+    """A column of biases does not lie in one piece."""
+    heads = [torch.randn(*size, device=device) for size in ((4, 8), (30, 8), (4, 8), (30, 8))]
+    table = torch.randn(30, 2, device=device)
+    given = [linear_divergence(*heads, bias, impl=impl) for bias in (table[:, 1], table[:, 1] + 0)]
+    assert_close(*given)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 3), (3, 2, 4), (2, 1023, 5), (3, 1025, 5)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("impl", IMPLS)

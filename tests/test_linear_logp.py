@@ -83,6 +83,26 @@ def test_logp_and_gradients(name, shape, impl, mode, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("impl", IMPLS)
+def test_targets_and_bias_of_tables(impl, mode, device):
+    """Columns of targets and biases do not lie in one piece."""
+    (hidden, weight, targets, bias), _ = make(6, 40, 8, dict(bias=True), device=device)
+    columns = [torch.stack([x.flip(0), x], 1)[:, 1] for x in (targets, bias)]
+    upstream = {"logp": torch.randn(6, device=device)}
+    given = hidden, weight, targets, bias
+    expected, wanted = run(linear_logp, given, {}, upstream, impl=impl, mode=mode)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    logp = linear_logp(*leaves, *columns, impl=impl, mode=mode).logp
+    assert_close(logp, expected.logp)
+    for grad, exact in zip(
+        torch.autograd.grad(logp, leaves, upstream["logp"]), wanted[:2], strict=True
+    ):
+        assert_close(grad, exact)
+    loss, _ = linear_token_loss(*leaves, columns[0], lambda x: x.logp, bias=columns[1], impl=impl)
+    assert_close(loss, expected.logp)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_output(name, impl, mode, device):
     if "softcap" in OPTIONS[name] and mode == "stash":

@@ -129,6 +129,17 @@ def test_columns_first_logits(impl, device):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_targets_of_a_table(impl, device):
+    """A column of targets does not lie in one piece."""
+    logits, targets, upstream = make(6, 40, device=device)
+    column = torch.stack([targets.flip(0), targets], 1)[:, 1]
+    expected, wanted = run(token_logp, logits, targets, upstream, impl=impl, outputs=OUTPUTS)
+    actual, grad = run(token_logp, logits, column, upstream, impl=impl, outputs=OUTPUTS)
+    assert_close(actual.logp, expected.logp)
+    assert_close(grad, wanted)
+
+
 def test_bad_logits():
     with pytest.raises(ValueError, match=r"logits: wanted shape \[N, V\]"):
         token_logp(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
