@@ -285,17 +285,18 @@ def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None
 
 
 def fold_backward(impl: str, b: Logits, c: Coefficients, out: Tensor) -> None:
-    """Writes d loss / d raw logits [n, v] to `out`, which may be `b.raw`."""
+    """Writes d loss / d raw logits [n, v] to `out`, which may be `b.raw`; where `out` has another
+    dtype, `b.raw` may be overwritten too."""
     n, v = b.raw.shape
     if impl == "torch" or n == 0:
         _backward_torch(b, c, out)
     elif impl in ("cpu", "cuda"):
-        if out.data_ptr() != b.raw.data_ptr() and (
-            out.dtype != b.raw.dtype or out.stride() != b.raw.stride()
-        ):
+        if out.dtype != b.raw.dtype:
             fold_backward(impl, b, c, b.raw)
             out.copy_(b.raw)
             return
+        if out.stride() != b.raw.stride():  # a part of wider logits, which are not ours to write
+            b = b._replace(raw=out.copy_(b.raw))
         beta = torch.zeros_like(c.alpha) if c.beta is None else c.beta
         numbers = [x.data_ptr() for x in (c.shift, c.alpha, beta, c.gamma)]
         args = (_c_block(b), _C_DTYPES[b.raw.dtype], *numbers, out.data_ptr())

@@ -106,7 +106,6 @@ def test_value_and_gradients(name, options, impl, mode, device):
         assert relative_error(grad, wanted) < 1e-5
 
 
-# one token, one entry, odd sizes, around a chunk of the pass, more than one tile of the backward
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bias_of_a_table(impl, device):
     """A column of biases does not lie in one piece."""
@@ -116,6 +115,7 @@ def test_bias_of_a_table(impl, device):
     assert_close(*given)
 
 
+# one token, one entry, odd sizes, around a chunk of the pass, more than one tile of the backward
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 3), (3, 2, 4), (2, 1023, 5), (3, 1025, 5)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("impl", IMPLS)

@@ -140,6 +140,19 @@ def test_targets_of_a_table(impl, device):
     assert_close(grad, wanted)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_part_of_wider_logits_is_left_as_it_is(impl, device):
+    """Those of a padded vocabulary, without its padding."""
+    wide, targets, upstream = make(6, 40, device=device)
+    before, leaf = wide.clone(), wide.requires_grad_()
+    logp = token_logp(leaf[:, :37], targets % 37, impl=impl).logp
+    (grad,) = torch.autograd.grad(logp, leaf, upstream["logp"])
+    assert torch.equal(wide, before)
+    one = {"logp": upstream["logp"]}
+    _, wanted = run(reference, before[:, :37].double(), targets % 37, one)
+    assert_close(grad[:, :37].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_bad_logits():
     with pytest.raises(ValueError, match=r"logits: wanted shape \[N, V\]"):
         token_logp(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
