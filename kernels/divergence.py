@@ -187,6 +187,7 @@ def _backward(
                 weight_sum.add_product(grad.t(), weighted[number])
             if bias_sum is not None:
                 bias_sum.add(torch.mv(grad.float().t(), factors[number]))
+            del grad  # or two tiles are held while the next is made
         for total in (weight_sum, bias_sum):
             if total is not None:
                 total.write()

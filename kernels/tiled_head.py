@@ -302,6 +302,7 @@ def head_backward(
                 weight_sum.add_product(grad.t(), scaled[index])
             if bias_sum is not None:
                 bias_sum.add((grad if factor is None else grad * factor).sum(0).float())
+            del grad  # or two tiles are held while the next is made
         for total in (weight_sum, bias_sum):
             if total is not None:
                 total.write()

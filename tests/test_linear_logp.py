@@ -3,13 +3,14 @@
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from prefuse.kernels import tiled_head
+from prefuse.kernels import divergence, tiled_head
 from prefuse.kernels.head_plan import plan
 from prefuse.kernels.launch import HAS_TRITON, INTERPRETED
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, reference
@@ -99,6 +100,28 @@ def test_targets_and_bias_of_tables(impl, mode, device):
         assert_close(grad, exact)
     loss, _ = linear_token_loss(*leaves, columns[0], lambda x: x.logp, bias=columns[1], impl=impl)
     assert_close(loss, expected.logp)
+
+
+@pytest.mark.parametrize("module", [tiled_head, divergence])
+def test_a_tile_of_gradients_is_gone_before_the_next(module, monkeypatch):
+    monkeypatch.setitem(tiled_head.BACKWARD_TILE, "cpu", 1)  # the narrowest tiles
+    make_tile, made = module._gradient_tile, []
+
+    def tile(*given):
+        assert all(tile() is None for tile in made)
+        found = make_tile(*given)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(module, "_gradient_tile", tile)
+    (hidden, weight, targets, _), _ = make(6, 1000, 8, {})
+    hidden.requires_grad_()
+    if module is tiled_head:
+        value = linear_logp(hidden, weight, targets, mode="recompute").logp
+    else:
+        value = divergence.linear_divergence(hidden, weight, hidden + 1, weight, mode="recompute")
+    value.sum().backward()
+    assert len(made) > 2
 
 
 @pytest.mark.parametrize("mode", MODES)
