@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEVICE = "H200"
+IMPLS = ("cuda", "triton", "cpu", "torch")  # as impl="auto" prefers them
 NOT_PEERS = ("prefuse", "naive logits", "torch.compile", "eager")
 Results = dict[str, list[dict[str, Any]]]
 
@@ -32,13 +33,16 @@ class Target(NamedTuple):
 
 def rows(results: Results, section: str, ours: bool | None = None, **where: Any) -> list[dict]:
     """The sound rows of a section with these values; `ours`: only those of prefuse, or of peers."""
+    return [row for row in told(results, section, ours, **where) if is_sound(row)]
+
+
+def told(results: Results, section: str, ours: bool | None = None, **where: Any) -> list[dict]:
+    """As `rows`, with those that are wrong or failed."""
     found = []
     for row in results.get(section, []):
-        if "error" in row or "wrong" in row or "failed" in row:
-            continue
         if any(row.get(name) != value for name, value in where.items()):
             continue
-        name = str(row.get("method", row.get("impl", "")))
+        name = _name(row)
         if ours is True and not (name.startswith("prefuse") or "impl" in row and _is_impl(name)):
             continue
         if ours is False and name.startswith(NOT_PEERS):
@@ -47,8 +51,26 @@ def rows(results: Results, section: str, ours: bool | None = None, **where: Any)
     return found
 
 
+def is_sound(row: dict[str, Any]) -> bool:
+    return not {"error", "wrong", "failed"} & row.keys()
+
+
+def by_default(found: list[dict]) -> list[dict]:
+    """The sound ones of what impl="auto" takes, where rows are told apart by their impl."""
+    taken = next((x for x in IMPLS if any(_impl(row) == x for row in found)), None)
+    return [row for row in found if is_sound(row) and _impl(row) in (None, taken)]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row.get("method", row.get("impl", "")))
+
+
+def _impl(row: dict[str, Any]) -> str | None:
+    return str(row["impl"]).split(",")[0] if "impl" in row else None
+
+
 def _is_impl(name: str) -> bool:
-    return name.split(",")[0] in ("cuda", "triton", "cpu", "torch")
+    return name.split(",")[0] in IMPLS
 
 
 def least(found: Iterable[dict], number: str = "ms") -> float | None:
@@ -70,7 +92,7 @@ class Of(NamedTuple):
 
     def __call__(self, results: Results) -> float | None:
         where = {**self.where, **self.mode}
-        return least(rows(results, self.section, ours=True, **where), self.number)
+        return least(by_default(told(results, self.section, ours=True, **where)), self.number)
 
     def best(self, results: Results) -> dict[str, Any] | None:
         """The row with the least, of all variants of the mode."""
@@ -100,7 +122,7 @@ def faster_than_peers(results: Results) -> float | None:
 
 def ragged_per_token(results: Results) -> float | None:
     def per_token(**where: Any) -> float | None:
-        found = rows(results, "advantage", ours=True, **where)
+        found = by_default(told(results, "advantage", ours=True, **where))
         return min((row["ms"] / row["tokens"] for row in found), default=None)
 
     return ratio(per_token(op="ragged gae"), per_token(op="gae", sequences=1024))
@@ -113,9 +135,10 @@ def faster_than_eager(results: Results) -> float | None:
 
 
 def worst_logp(results: Results) -> float | None:
-    found = rows(results, "linear_logp", ours=True) + rows(results, "logp", ours=True)
+    # a row with too large an error is one of them
+    found = told(results, "linear_logp", ours=True) + told(results, "logp", ours=True)
     errors = [row["max error"] for row in found if "max error" in row]
-    return max(errors, default=None)
+    return max(errors, key=lambda error: (error != error, error), default=None)  # NaN is worst
 
 
 def training(section: str, number: str, part: str) -> Callable[[Results], float | None]:
@@ -209,7 +232,7 @@ def judge(target: Target, results: Results) -> dict[str, Any]:
         row["missed by %"] = 100 * miss
     best = target.measured.best(results) if isinstance(target.measured, Of) else None
     if best is not None and best[target.measured.number] < value:
-        row["best of ours"] = f"{best[target.measured.number]:.3g} ({best['method']})"
+        row["best of ours"] = f"{best[target.measured.number]:.3g} ({_name(best)})"
     return row
 
 

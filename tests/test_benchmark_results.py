@@ -78,6 +78,29 @@ def test_targets_are_judged_by_the_rows():
     assert targets.judged(result_of("NVIDIA A100")) == []
 
 
+def test_what_is_wrong_counts_and_what_nobody_asked_for_does_not():
+    targets, result = module("targets"), result_of("NVIDIA H200")
+    what = "GAE 1024 x 8192, mask, returns (17 bytes a token)"
+    worst = "logp against float64, the worst of all"
+
+    def judged(name: str) -> dict:
+        return next(row for row in targets.judged(result) if row["what"] == name)
+
+    assert judged(worst)["met"] == "yes"
+    for error in (1e-3, float("nan")):
+        wrong = head_row("prefuse recompute", 1.0, wrong="max error", **{"max error": error})
+        result["results"]["linear_logp"].append(wrong)
+        assert judged(worst)["met"] == "no"
+    rows = result["results"]["advantage"]
+    rows.append(rows[0] | {"impl": "triton", "ms": 0.030})  # not what impl="auto" takes
+    assert judged(what)["measured"] == 0.040
+    assert judged(what)["best of ours"] == "0.03 (triton)"
+    rows[0]["error"] = "of the default"
+    assert judged(what)["met"] == "not measured"
+    del rows[0]  # as where nothing was built
+    assert judged(what)["measured"] == 0.030
+
+
 def test_every_target_names_a_case_that_is_measured():
     """The selectors against the columns of the cases that a GPU runs."""
     bench = {name: module(f"bench_{name}") for name in ("linear_logp", "logp", "divergence")}
