@@ -73,10 +73,10 @@ def divergences(kind: str, compiles: bool | None = None) -> list[Divergence]:
     ]
     found = [x._replace(ours=True) for x in found]
     found.append(Divergence("naive logits", plain, 4))
-    if compiles:
-        found.append(Divergence("torch.compile of it", torch.compile(plain, dynamic=False), 4))
     if importlib.util.find_spec("trl"):
         found.append(Divergence("TRL chunked", _trl(BETAS[kind]), 8 if kind == "jsd" else 6))
+    if compiles:
+        found.append(Divergence("torch.compile of it", torch.compile(plain, dynamic=False), 4))
     if compiles is not False and importlib.util.find_spec("liger_kernel"):
         found.append(Divergence("Liger, sum only", _liger(BETAS[kind]), 4, "ones"))
     return found

@@ -87,10 +87,10 @@ def inputs(size: str, loss_type: str, with_kl: bool) -> tuple:
 
 def losses(size: str, loss_type: str, with_kl: bool) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {"prefuse": ours, "eager (TRL's formula)": eager}
-    if size == "cpu" or (size == "cuda" and (loss_type, with_kl) in COMPILED_ON_A_GPU):
-        found["torch.compile of it"] = torch.compile(eager, dynamic=False)
     if loss_type != "ppo" and importlib.util.find_spec("liger_kernel"):
         found["Liger"] = liger
+    if size == "cpu" or (size == "cuda" and (loss_type, with_kl) in COMPILED_ON_A_GPU):
+        found["torch.compile of it"] = torch.compile(eager, dynamic=False)
     return found
 
 

@@ -38,14 +38,19 @@ def peers(size: str) -> list[Head]:
     """Those that run on the device: without a GPU, plain PyTorch's and TRL's. "tiny" compiles
     nothing."""
     found = [Head("naive logits", naive, 3, 2)]
-    if size != "tiny":
-        compiled: Any = torch.compile(naive, dynamic=False)
-        found.append(Head("torch.compile of it", compiled, 3, forward=False))
     if _installed("trl"):
         found.append(Head("TRL fused head", _trl, 4, 3, weights=("same", "float32")))
     found.append(Head("torch linear_cross_entropy", _torch, 4, 3))
-    if not torch.cuda.is_available():
-        return found
+    if torch.cuda.is_available():
+        found += _on_a_gpu()
+    if size != "tiny":  # last, for a compiler takes the time of the others
+        compiled: Any = torch.compile(naive, dynamic=False)
+        found.append(Head("torch.compile of it", compiled, 3, forward=False))
+    return found
+
+
+def _on_a_gpu() -> list[Head]:
+    found = []
     if _installed("cut_cross_entropy"):
         found += [
             Head("CCE, unfiltered", _cce(None), 4, 3),

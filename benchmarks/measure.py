@@ -24,6 +24,8 @@ DEVICE_LOST = 70  # exit code: nothing more can run in this process
 OUT_OF_TIME = "not measured: the time was over"
 LATE = 25.0  # seconds beyond its time in which a process still measures what is ours
 BRIEFLY = 0.5
+TIMED = 0.4  # of a case's seconds, whatever its checks took
+GRACE = 10.0  # seconds beyond a case's until a peer is too late to be checked: imports take some
 
 
 class Method(NamedTuple):
@@ -69,9 +71,11 @@ def _bytes_of(out: Any) -> float:
 
 
 def rows_of(case: Case, seconds: float, progress: Progress | None = None) -> list[dict]:
-    """A row for each method of the case, measured in about so many seconds; if there are none, ours
-    are measured all the same, as briefly as can be."""
+    """A row for each method of the case, measured in about so many seconds, checks and compilers
+    included: peers that are late are left out, ours are measured all the same. If there are no
+    seconds, ours are measured as briefly as can be."""
     progress = progress or Progress()
+    start = time.perf_counter()
     methods = case.methods()
     rows: dict[str, dict[str, Any]] = {}
     for method in methods:
@@ -79,14 +83,16 @@ def rows_of(case: Case, seconds: float, progress: Progress | None = None) -> lis
         if (case.name, method.name) in progress.without:
             row["error"] = "took its process with it"
             continue
-        if seconds <= 0 and not method.ours:
+        late = seconds <= 0 or time.perf_counter() - start >= seconds + GRACE
+        if late and not method.ours:
             row["error"] = OUT_OF_TIME
             continue
         progress.doing(case.name, method.name)
         row |= _checked(method)
     good = [m for m in methods if "error" not in rows[m.name]]
     progress.checked(case.name, list(rows.values()))
-    for method, found in _timed(good, case, max(seconds, BRIEFLY)):
+    left = seconds - (time.perf_counter() - start)
+    for method, found in _timed(good, case, max(left, TIMED * seconds, BRIEFLY)):
         row = rows[method.name]
         row |= found
         if "ms" in row:

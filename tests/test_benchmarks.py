@@ -304,6 +304,22 @@ def test_what_the_time_does_not_suffice_for_is_told_and_ours_measured(ceilings):
     assert record.sections["c"] == [{"N": 3, "method": "", "error": measure.OUT_OF_TIME}]
 
 
+def test_the_checks_of_peers_are_on_the_clock_of_their_case(ceilings, monkeypatch):
+    """A compiler's minute would be taken from the cases after it."""
+    measure = module("measure")
+    monkeypatch.setattr(measure, "GRACE", 0.05)
+
+    def made(name, seconds=0.0, ours=False):
+        checks = lambda out: time.sleep(seconds) or {}  # noqa: E731
+        return measure.Method(name, lambda: 0, checks, {}, ours)
+
+    methods = [made("peer"), made("compiled", 0.3), made("late"), made("prefuse", ours=True)]
+    rows = measure.rows_of(measure.Case("c", lambda: methods, {}), 0.2)
+    told = {row["method"]: row.get("error", "measured") for row in rows}
+    wanted = dict.fromkeys(("peer", "compiled", "prefuse"), "measured")
+    assert told == wanted | {"late": measure.OUT_OF_TIME}
+
+
 @pytest.mark.full
 def test_run_measures_and_merges(tmp_path, monkeypatch, capsys):
     run = module("run")
