@@ -73,7 +73,9 @@ def fold_settings() -> list[Setting]:
 def tile_settings() -> list[Setting]:
     kind, found = device().type, []
     now = [table[kind] for table in (tiled_head.FORWARD_TILE, tiled_head.BACKWARD_TILE)]
-    forward, backward = ((1, 2, 4, 8), (4, 16, 64)) if kind == "cpu" else ((16, 32, 64), (128, 512))
+    forward, backward = (1, 2, 4, 8), (4, 16, 64)
+    if kind == "cuda":  # beyond the L2 too: a tile of few products may not outlast its launches
+        forward, backward = (16, 64, 128, 256), (128, 512)
     pairs = [now, *([x * MIB, now[1]] for x in forward), *([now[0], x * MIB] for x in backward)]
     for first, second in pairs:
         changes = [
