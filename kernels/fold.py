@@ -285,17 +285,13 @@ def fold_forward(impl: str, b: Logits, n_parts: int, store: Tensor | None = None
 
 
 def fold_backward(impl: str, b: Logits, c: Coefficients, out: Tensor) -> None:
-    """Writes d loss / d raw logits [n, v] to `out`, which may be `b.raw`; where `out` has another
-    dtype, `b.raw` may be overwritten too."""
+    """Writes d loss / d raw logits [n, v] to `out`, which may be `b.raw`, and is of its dtype for
+    "cpu" and "cuda"."""
     n, v = b.raw.shape
     if impl == "torch" or n == 0:
         _backward_torch(b, c, out)
     elif impl in ("cpu", "cuda"):
-        if out.dtype != b.raw.dtype:
-            fold_backward(impl, b, c, b.raw)
-            out.copy_(b.raw)
-            return
-        if out.stride() != b.raw.stride():  # a part of wider logits, which are not ours to write
+        if out.stride() != b.raw.stride():  # they write with the strides they read with
             b = b._replace(raw=out.copy_(b.raw))
         beta = torch.zeros_like(c.alpha) if c.beta is None else c.beta
         numbers = [x.data_ptr() for x in (c.shift, c.alpha, beta, c.gamma)]

@@ -126,7 +126,7 @@ def token_logp(
         impl = "torch"  # x86 has no half arithmetic worth a kernel
     if impl == "reference":
         return reference(logits, targets, temperature=temperature, softcap=softcap, outputs=outputs)
-    if logits.stride(-1) != 1:
+    if logits.stride(-1) != 1 or logits.stride(0) < logits.shape[1]:  # or one row serves several
         logits = logits.contiguous()
     targets = targets.contiguous()  # kernels take its address
     return TokenStats(

@@ -109,6 +109,32 @@ def test_in_place_backward_takes_the_memory_once(impl, device):
         loss.backward()
 
 
+VIEWS = {
+    "padded columns": lambda x: x[:, :33],
+    "every second row": lambda x: x[::2],
+    "one row for all": lambda x: x[:1].expand(6, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_views_of_logits_are_left_alone(impl, view, device):
+    wide = torch.randn(8, 40, device=device)
+    logits = VIEWS[view](wide)
+    targets = torch.randint(33, logits.shape[:1], device=device)
+    leaf, before = wide.clone().requires_grad_(), wide.clone()
+    loss = token_logp(VIEWS[view](leaf), targets, impl=impl).logp.sum()
+    first, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(leaf.detach(), before)
+    exact = wide.double().requires_grad_()
+    reference(VIEWS[view](exact), targets).logp.sum().backward()
+    assert_close(first.double(), exact.grad, rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, again)
+    taken = token_logp(VIEWS[view](leaf * 1), targets, impl=impl, inplace_backward=True)
+    (in_place,) = torch.autograd.grad(taken.logp.sum(), leaf)
+    assert_close(in_place, first)
+
+
 def test_reference_gradcheck():
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, 3])
