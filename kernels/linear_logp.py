@@ -362,7 +362,7 @@ def linear_logp(
     if needs_gradient(hidden, weight, bias):
         given: dict[str, Any] = dict(mode=mode, budget_bytes=budget_bytes, device=hidden.device)
         stash_rows = plan(len(hidden), most, options.dtype, **given).stash_rows
-    targets = targets.contiguous()  # kernels take its address
+    targets = targets.contiguous()  # kernels read by address
     return TokenStats(
         *_LinearLogp.apply(
             hidden, weight, bias, targets, inverse_temperature, options, tuple(outputs), stash_rows
@@ -441,8 +441,9 @@ def linear_token_loss(
         mode = plan(1, most, options.dtype, mode="stash")
         budget = budget_bytes or for_device(DEFAULT_BUDGET, hidden.device)
         run_rows = max(1, budget // mode.stash_bytes)
+    targets = targets.contiguous()  # kernels read by address
     loss, *stats = _LinearTokenLoss.apply(
-        hidden, weight, bias, targets.contiguous(), inverse_temperature, options, tuple(outputs),
-        token_loss, run_rows, *extras,
+        hidden, weight, bias, targets, inverse_temperature, options, tuple(outputs), token_loss,
+        run_rows, *extras,
     )  # fmt: skip
     return loss, TokenStats(*stats)

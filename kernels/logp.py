@@ -128,7 +128,7 @@ def token_logp(
         return reference(logits, targets, temperature=temperature, softcap=softcap, outputs=outputs)
     if logits.stride(-1) != 1 or logits.stride(0) < logits.shape[1]:  # or one row serves several
         logits = logits.contiguous()
-    targets = targets.contiguous()  # kernels take its address
+    targets = targets.contiguous()  # kernels read by address
     return TokenStats(
         *_TokenLogp.apply(
             logits, targets, inverse_temperature, softcap, tuple(outputs), inplace_backward, impl

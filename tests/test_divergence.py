@@ -106,15 +106,6 @@ def test_value_and_gradients(name, options, impl, mode, device):
         assert relative_error(grad, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_bias_of_a_table(impl, device):
-    """A column of biases does not lie in one piece."""
-    heads = [torch.randn(*size, device=device) for size in ((4, 8), (30, 8), (4, 8), (30, 8))]
-    table = torch.randn(30, 2, device=device)
-    given = [linear_divergence(*heads, bias, impl=impl) for bias in (table[:, 1], table[:, 1] + 0)]
-    assert_close(*given)
-
-
 # one token, one entry, odd sizes, around a chunk of the pass, more than one tile of the backward
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 3), (3, 2, 4), (2, 1023, 5), (3, 1025, 5)])
 @pytest.mark.parametrize("mode", MODES)
@@ -159,6 +150,19 @@ def test_sixteen_bit_inputs(impl, mode, dtype, device):
         for grad, wanted in zip(grads, expected_grads, strict=True):
             assert grad.dtype == dtype
             assert relative_error(grad, wanted) < 6e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_biases(impl, device):
+    inputs, options = make(5, 77, 8, dict(bias=True), device=device)
+    upstream = torch.randn(5, device=device)
+    expected, expected_grads = run(inputs, options, upstream, impl=impl)
+    biases = [torch.stack([b, b.roll(1)], 1)[:, 0] for b in inputs[4:]]
+    leaf = inputs[0].clone().requires_grad_()
+    actual = linear_divergence(leaf, *inputs[1:4], *biases, impl=impl)
+    (actual * upstream).sum().backward()
+    assert_close(actual.detach(), expected)
+    assert_close(leaf.grad, expected_grads[0])
 
 
 def test_wide_weight_under_narrow_hidden(device):
