@@ -370,7 +370,7 @@ def surrogate(x: Tokens, s: Settings, impl: str = "auto") -> tuple[Tensor, Tenso
         impl = "reference"
     impl = choose_impl(impl, x.logp.device, ("triton", "cpu"))
     dtype = torch.float64 if double and impl == "reference" else torch.float32
-    x = _each(x, lambda a: a.to(dtype) if a.is_floating_point() else a)
+    x = _each(x, lambda a: a if a.dtype == torch.bool else a.to(dtype))
     if impl == "reference":
         return reference(x, s)
     return _Surrogate.apply(x.logp, x.log_ratio, _each(x, Tensor.detach), s, impl)

@@ -312,6 +312,18 @@ def test_advantages_of_sequences_and_steps():
     assert_close(by_token.loss, call("grpo", given).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_whole_numbers_are_numbers(dtype):
+    """Rewards of 0 and 1 make advantages that nobody thinks of making floats."""
+    given = draw(torch.float32)
+    given["advantages"] = given["advantages"].sign()
+    given["weight"] = torch.arange(len(CU) - 1.0)
+    wanted = call("ppo", given, aggregation="seq-mean-token-sum")
+    for name in ("advantages", "weight"):
+        given[name] = given[name].to(dtype)
+    assert_close(call("ppo", given, aggregation="seq-mean-token-sum").loss, wanted.loss)
+
+
 def test_rollout_correction_is_a_weight_on_the_policy_term():
     given = draw()
     corrected = call("ppo", given, beta=0.0).loss
