@@ -31,7 +31,7 @@ from .divergence_kinds import DIVERGENCES, rule_of, self_certainty, topk_diverge
 from .divergence_pass import STATISTICS, Rule, Side, Tile, gradient, statistics
 from .head_plan import check_head, head_options, needs_gradient, plan
 from .launch import expect, has_values
-from .logp import inverse_of
+from .logp import check_softcaps, inverse_of
 from .tiled_head import (
     BACKWARD_TILE,
     Head,
@@ -299,6 +299,7 @@ def linear_divergence(
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
     """
     rule = rule_of(kind, beta, alpha)
+    check_softcaps(softcap=softcap, teacher_softcap=teacher_softcap)
     check_head(hidden, weight, bias)
     check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     check_alike("hidden", hidden, teacher_hidden, 0)

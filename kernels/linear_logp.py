@@ -275,6 +275,7 @@ def _settle(
     check_head(hidden, weight, bias)
     shard = None if group is None else as_shard(group, weight)
     vocab, most = (len(weight),) * 2 if shard is None else (shard.total, shard.most)
+    logits_op.check_softcaps(softcap=softcap)
     inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
     impls = ("triton", "fused", "cpu", "torch")
     options = head_options(hidden, logit_scale, softcap, impl, shard, impls)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fold import Logits, fold_backward, fold_forward
-from .launch import choose_impl, expect
+from .launch import choose_impl, expect, has_values
 from .token_stats import (
     OUTPUTS,
     TokenStats,
@@ -118,6 +118,7 @@ def token_logp(
         ValueError: a shape, dtype or value that does not fit; it names the tensor.
     """
     expect(logits.dim() == 2, "logits", "shape [N, V]", tuple(logits.shape))
+    check_softcaps(softcap=softcap)
     inverse_temperature = check_common(targets, temperature, outputs, logits, logits.shape[1])
     if logits.dtype == torch.float64 and impl == "auto":
         impl = "reference"
@@ -157,6 +158,12 @@ def check_common(
     return inverse_of(temperature, n, device)
 
 
+def check_softcaps(**softcaps: float | None) -> None:
+    """By name. A cap of 0, as some configurations write none, would make every logit 0."""
+    for name, cap in softcaps.items():
+        expect(cap is None or cap > 0, name, "a positive number, or None for no cap", cap)
+
+
 def inverse_of(
     temperature: float | Tensor, n: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -165,6 +172,9 @@ def inverse_of(
         expect(
             temperature.shape == (n,), "temperature", f"a number or [{n}]", tuple(temperature.shape)
         )
+        if has_values(temperature) and temperature.device.type == "cpu" and n:
+            least = temperature.min().item()
+            expect(least > 0, "temperature", "positive numbers", f"{least:g} among them")
         return temperature.detach().to(device, dtype).reciprocal()
     expect(temperature > 0, "temperature", "a positive number", temperature)
     return torch.full((n,), 1.0 / temperature, dtype=dtype, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .divergence_kinds import DIVERGENCES, final_log_probs, rule_of
 from .divergence_pass import Side, Tile, gradient, statistics
 from .launch import choose_impl, expect, has_values
-from .logp import inverse_of
+from .logp import check_softcaps, inverse_of
 from .tiled_head import for_device, run_slices
 
 # bytes of both heads' float32 logits of a run of tokens: enough of them to reuse the weights read
@@ -97,6 +97,7 @@ def token_divergence(
     gradient in `logits` alone. A logit of -inf on both sides (a padded vocabulary) counts as 0.
     """
     rule = rule_of(kind, beta, alpha)
+    check_softcaps(softcap=softcap, teacher_softcap=teacher_softcap)
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
         expect(x.dim() == 2, name, "shape [N, V]", tuple(x.shape))
         expect(x.is_floating_point(), name, "a floating-point dtype", x.dtype)

@@ -615,6 +615,9 @@ BAD = {
     "alpha: wanted a number in": dict(alpha=-0.1),
     "temperature: wanted a positive": dict(temperature=0.0),
     r"temperature: wanted a number or \[3\]": dict(temperature=torch.ones(2)),
+    "temperature: wanted positive numbers; got -1": dict(temperature=torch.tensor([1.0, -1, 2])),
+    "^softcap: wanted a positive number, or None": dict(softcap=0.0),
+    "teacher_softcap: wanted a positive number": dict(teacher_softcap=-30.0),
     "mode: wanted 'auto'": dict(mode="fast"),
     "impl: wanted one of": dict(impl="cuda"),
     "hidden: wanted at most float32": dict(
@@ -638,6 +641,8 @@ def test_bad_logits():
     }.items():
         with pytest.raises(ValueError, match=message):
             token_divergence(*pair)
+    with pytest.raises(ValueError, match="teacher_softcap: wanted a positive"):
+        token_divergence(x, x, teacher_softcap=0.0)
     with pytest.raises(ValueError, match=r"teacher_logp: wanted \(3, 4\)"):
         topk_divergence(x, x[:, :2])
 

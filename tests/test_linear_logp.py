@@ -394,6 +394,8 @@ BAD = {
     r"bias: wanted \[9\]": dict(bias=torch.zeros(8)),
     "temperature: wanted a positive": dict(temperature=0.0),
     r"temperature: wanted a number or \[3\]": dict(temperature=torch.ones(2)),
+    "temperature: wanted positive numbers; got 0": dict(temperature=torch.tensor([1.0, 0, 2])),
+    "^softcap: wanted a positive number, or None": dict(softcap=0.0),
     "outputs: wanted any of": dict(outputs=("logp", "perplexity")),
     "mode: wanted 'auto'": dict(mode="fast", weight=torch.zeros(9, 4, requires_grad=True)),
     "impl: wanted one of": dict(impl="fastest"),

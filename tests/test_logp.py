@@ -182,5 +182,7 @@ def test_a_part_of_wider_logits_is_left_as_it_is(impl, device):
 def test_bad_logits():
     with pytest.raises(ValueError, match=r"logits: wanted shape \[N, V\]"):
         token_logp(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="softcap: wanted a positive number, or None.*got 0"):
+        token_logp(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), softcap=0.0)
     with pytest.raises(ValueError, match="floating-point"):
         token_logp(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
