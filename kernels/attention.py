@@ -37,10 +37,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attention_merge import merge
-from .launch import expect
+from .launch import differentiated_once, expect
 from .prefix import PrefixTable, check_layout
 from .prefix import prefix_table as prefix_table  # callers import both from here
 
@@ -262,8 +261,8 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
+        differentiated_once("packed_attention")
         dout = dout.contiguous()
         q, k, v, out, lse = ctx.saved_tensors
         flash, has_prefix = ctx.flash, ctx.table.has_prefix

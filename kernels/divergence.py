@@ -30,7 +30,7 @@ from torch import Tensor
 from .divergence_kinds import DIVERGENCES, rule_of, self_certainty, topk_divergence
 from .divergence_pass import STATISTICS, Rule, Side, Tile, gradient, statistics
 from .head_plan import check_head, head_options, needs_gradient, plan
-from .launch import expect, has_values
+from .launch import differentiated_once, expect, has_values
 from .logp import check_softcaps, inverse_of
 from .tiled_head import (
     BACKWARD_TILE,
@@ -221,6 +221,7 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        differentiated_once("linear_divergence")
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, inverse, stats = (
             ctx.saved_tensors
         )

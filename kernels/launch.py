@@ -108,6 +108,21 @@ def stream_of(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
+def differentiated_once(op: str) -> None:
+    """Where a backward by kernels begins: autograd would take what it gives for constants.
+
+    `once_differentiable` notices only where the upstream gradient has one of its own.
+
+    Raises:
+        RuntimeError: under create_graph=True.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: wanted create_graph=False, for its backward has no derivative; got True. "
+            "Pass impl='reference' for second derivatives"
+        )
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -37,7 +37,7 @@ from .head_plan import (
     needs_gradient,
     plan,
 )
-from .launch import expect
+from .launch import differentiated_once, expect
 from .tiled_head import (
     Head,
     Options,
@@ -110,6 +110,7 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy, grad_lse, *_):
+        differentiated_once("linear_logp")
         hidden, weight, bias, targets, inverse_temperature, anchor, sums = ctx.saved_tensors
         head = Head(weight, bias, ctx.options)
         everything = _anchored(head, hidden, targets, anchor, inverse_temperature)
@@ -185,6 +186,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        differentiated_once("linear_token_loss")
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fold import Logits, fold_backward, fold_forward
-from .launch import choose_impl, expect, has_values
+from .launch import choose_impl, differentiated_once, expect, has_values
 from .token_stats import (
     OUTPUTS,
     TokenStats,
@@ -77,6 +77,7 @@ class _TokenLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy, grad_lse, *_):
+        differentiated_once("token_logp")
         if ctx.overwritten:
             raise RuntimeError(
                 "token_logp: a second backward through logits that the first overwrote; "

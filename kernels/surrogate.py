@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .kl import ESTIMATORS, LARGEST_EXPONENT
-from .launch import _C, choose_impl, device_guard, has_values, tl, triton
+from .launch import _C, choose_impl, device_guard, differentiated_once, has_values, tl, triton
 
 Rule = Callable[..., Tensor]
 
@@ -349,6 +349,7 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        differentiated_once("policy_loss")
         d_logp, d_ratio = ctx.saved_tensors
         of_loss, of_sum, _ = grads
         upstream = of_loss if of_sum is None else of_sum

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .divergence_kinds import DIVERGENCES, final_log_probs, rule_of
 from .divergence_pass import Side, Tile, gradient, statistics
-from .launch import choose_impl, expect, has_values
+from .launch import choose_impl, differentiated_once, expect, has_values
 from .logp import check_softcaps, inverse_of
 from .tiled_head import for_device, run_slices
 
@@ -54,6 +54,7 @@ class _TokenDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        differentiated_once("token_divergence")
         logits, teacher_logits, inverse_temperature, stats = ctx.saved_tensors
         tile = _whole_tile(logits, teacher_logits, inverse_temperature, ctx.shapes)
         out = torch.empty_like(logits)

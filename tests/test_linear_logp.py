@@ -11,9 +11,13 @@ import torch
 from torch.testing import assert_close
 
 from prefuse.kernels import divergence, tiled_head
+from prefuse.kernels.attention import packed_attention
+from prefuse.kernels.divergence import linear_divergence, token_divergence
 from prefuse.kernels.head_plan import plan
 from prefuse.kernels.launch import HAS_TRITON, INTERPRETED
 from prefuse.kernels.linear_logp import linear_logp, linear_token_loss, reference
+from prefuse.kernels.logp import token_logp
+from prefuse.kernels.policy import policy_loss
 from prefuse.kernels.token_stats import OUTPUTS
 
 ON_GPU = torch.cuda.is_available()
@@ -119,7 +123,7 @@ def test_a_tile_of_gradients_is_gone_before_the_next(module, monkeypatch):
     if module is tiled_head:
         value = linear_logp(hidden, weight, targets, mode="recompute").logp
     else:
-        value = divergence.linear_divergence(hidden, weight, hidden + 1, weight, mode="recompute")
+        value = linear_divergence(hidden, weight, hidden + 1, weight, mode="recompute")
     value.sum().backward()
     assert len(made) > 2
 
@@ -336,6 +340,34 @@ def test_token_loss_wants_one_upstream_gradient(impl, device):
     loss, _ = linear_token_loss(inputs[0], weight, inputs[2], lambda s: -s.logp, impl=impl)
     with pytest.raises(RuntimeError, match="inside `token_loss`"):
         (loss * torch.arange(4.0, device=device)).sum().backward()
+
+
+TARGETS = torch.tensor([0, 8, 3])
+KERNELS = {
+    "linear_logp": lambda x, w, **how: linear_logp(x, w, TARGETS, **how).logp,
+    "linear_token_loss": lambda x, w, **how: linear_token_loss(
+        x, w, TARGETS, lambda stats: -stats.logp, **how
+    )[0],
+    "token_logp": lambda x, w, **how: token_logp(x @ w.t(), TARGETS, **how).logp,
+    "linear_divergence": lambda x, w, **how: linear_divergence(x, w, x.detach() + 1, w, **how),
+    "token_divergence": lambda x, w, **how: token_divergence(x @ w.t(), w.t()[:3] * 2, **how),
+    "policy_loss": lambda x, w, **how: policy_loss(x @ w[0], x[:, 0], x[:, 1], **how).loss,
+    "packed_attention": lambda x, w, **how: packed_attention(
+        x[:, None], x[:, None] + 1, x[:, None] * 2, torch.tensor([0, 3]).int(), **how
+    ),
+}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_no_second_derivative_is_made_up(op):
+    """Autograd would differentiate a kernel's gradient as a constant: all but its term is lost."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    with pytest.raises(RuntimeError, match=f"^{op}: wanted create_graph=False.*'reference'"):
+        torch.autograd.grad(KERNELS[op](hidden, weight).sum(), hidden, create_graph=True)
+    value = KERNELS[op](hidden, weight, impl="reference").sum()
+    (grad,) = torch.autograd.grad(value, hidden, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), hidden)
+    assert float(second.abs().max()) > 0
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
