@@ -20,14 +20,14 @@ ABSENT = -1e30  # a score whose exp is 0, and finite: 0 * ABSENT is 0
 
 def infonca(x: Listed, *, beta: float = 0.1, alpha: float = 1.0) -> Objective:
     """InfoNCA, arXiv:2402.05369: -sum_i p_i log q_i."""
-    scores = beta * x.log_ratio()
+    scores = _scores(x, beta)
     log_p, log_q = _log_softmax(x, x.need("reward") / alpha), _log_softmax(x, scores)
     return _objective(x, -(log_p.exp() * log_q), scores)
 
 
 def nca(x: Listed, *, beta: float = 0.1, alpha: float = 1.0) -> Objective:
     """NCA, arXiv:2402.05369: sum_i [p_i h(s_i) + h(-s_i) / K]."""
-    scores = beta * x.log_ratio()
+    scores = _scores(x, beta)
     p = _log_softmax(x, x.need("reward") / alpha).exp()
     count = x.valid().sum(1, keepdim=True).clamp(min=1)
     return _objective(x, p * logistic(scores) + logistic(-scores) / count, scores)
@@ -35,7 +35,7 @@ def nca(x: Listed, *, beta: float = 0.1, alpha: float = 1.0) -> Objective:
 
 def exo(x: Listed, *, beta: float = 0.1, alpha: float = 1.0) -> Objective:
     """EXO, arXiv:2402.00856: KL(q || p) = sum_i q_i (log q_i - log p_i)."""
-    scores = beta * x.log_ratio()
+    scores = _scores(x, beta)
     log_p, log_q = _log_softmax(x, x.need("reward") / alpha), _log_softmax(x, scores)
     return _objective(x, log_q.exp() * (log_q - log_p), scores)
 
@@ -45,7 +45,7 @@ def plackett_luce(x: Listed, *, beta: float = 0.1) -> Objective:
 
     k runs from the best reward to the worst; of equal rewards the earlier column is the better.
     """
-    scores = beta * x.log_ratio()
+    scores = _scores(x, beta)
     valid = x.valid()
     reward = x.need("reward").masked_fill(~valid, float("-inf"))
     order = reward.argsort(dim=1, descending=True, stable=True)
@@ -62,7 +62,7 @@ def lipo(x: Listed, *, beta: float = 0.1) -> Objective:
     L_ij = |2^r_i - 2^r_j| |1 / log(1 + t_i) - 1 / log(1 + t_j)|, t the rank under s from 1, both
     detached; equal scores share the better rank.
     """
-    scores, reward, valid = beta * x.log_ratio(), x.need("reward"), x.valid()
+    scores, reward, valid = _scores(x, beta), x.need("reward"), x.valid()
     held = scores.detach().masked_fill(~valid, ABSENT)
     rank = 1 + (held[:, None, :] > held[:, :, None]).sum(2)
     discount = 1 / torch.log1p(rank.to(scores.dtype))
@@ -72,6 +72,11 @@ def lipo(x: Listed, *, beta: float = 0.1) -> Objective:
     weight = weight * (discount[:, :, None] - discount[:, None, :]).abs()
     loss = weight * logistic(scores[:, :, None] - scores[:, None, :])
     return Objective(loss.masked_fill(~both, 0).sum((1, 2)), "group", _metrics(x, scores))
+
+
+def _scores(x: Listed, beta: float) -> Tensor:
+    """beta rho; 0 where absent, for what stands there may be NaN."""
+    return (beta * x.log_ratio()).masked_fill(~x.valid(), 0)
 
 
 def _log_softmax(x: Listed, scores: Tensor) -> Tensor:

@@ -158,6 +158,21 @@ def test_list_gradients_and_padding(name):
     assert_close(loss(**short), loss(logp, **given).detach())
 
 
+@pytest.mark.parametrize("absent", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", LIST_LOSSES)
+def test_what_stands_at_an_absent_completion_is_not_read(name, absent):
+    given = lists()
+    wanted = list_loss(**given, loss_type=name)
+    for key in ("logp", "ref_logp", "reward"):
+        given[key] = given[key].masked_fill(~given["mask"], absent)
+    given["logp"].requires_grad_()
+    found = list_loss(**given, loss_type=name)
+    assert_close(found.loss, wanted.loss)
+    assert_close(found.metrics, wanted.metrics)
+    (grad,) = torch.autograd.grad(found.loss.sum(), given["logp"])
+    assert grad.isfinite().all() and grad[0, 3] == 0
+
+
 @pytest.mark.parametrize("name", LIST_LOSSES)
 def test_list_corner_cases(name):
     """Groups of one, of none, of equal rewards; log-ratios of +-80: finite, in float32."""
