@@ -43,7 +43,7 @@ PREFUSE_CLONES void forward_row(const Block& b, int64_t row, float* parts, bool 
   const int64_t target = b.targets[row] - b.first_col;
   float distance[kChunk], cap[kChunk];
   float sum_e = 0, shift = 0, sum_ed = 0, sum_d = 0, sum_ee = 0, max_d = kExcluded;
-  float chunk_shift[1024];  // one per chunk: enough for a million columns
+  float chunk_shift[1024];  // one per chunk of a stored tile: enough for a million columns
   const int64_t n_chunks = (b.n_cols + kChunk - 1) / kChunk;
   for (int64_t c = 0; c < n_chunks; ++c) {
     const int64_t start = c * kChunk, n = std::min(kChunk, b.n_cols - start);
@@ -69,7 +69,7 @@ PREFUSE_CLONES void forward_row(const Block& b, int64_t row, float* parts, bool 
       sum_ee *= w * w;
       shift = chunk_max;
     }
-    chunk_shift[c] = shift;
+    if (store) chunk_shift[c] = shift;
     float e_sum = 0, ed_sum = 0, ee_sum = 0;
 #pragma omp simd reduction(+ : e_sum, ed_sum, ee_sum)
     for (int64_t j = 0; j < n; ++j) {

@@ -281,6 +281,8 @@ def _settle(
     inverse_temperature = logits_op.check_common(targets, temperature, outputs, hidden, vocab)
     impls = ("triton", "fused", "cpu", "torch")
     options = head_options(hidden, logit_scale, softcap, impl, shard, impls)
+    if options.impl != "reference":
+        logits_op.check_narrow("hidden", hidden)
     if options.impl == "fused":
         check_fused(hidden, weight, options)
     return options, inverse_temperature, most

@@ -128,6 +128,7 @@ def token_logp(
         impl = "torch"  # x86 has no half arithmetic worth a kernel
     if impl == "reference":
         return reference(logits, targets, temperature=temperature, softcap=softcap, outputs=outputs)
+    check_narrow("logits", logits)
     if logits.stride(-1) != 1 or logits.stride(0) < logits.shape[1]:  # or one row serves several
         logits = logits.contiguous()
     targets = targets.contiguous()  # kernels read by address
@@ -157,6 +158,12 @@ def check_common(
     else:  # checked on the device: reading the answer here would wait for the GPU
         torch._assert_async(in_range, f"targets: wanted values in [0, {vocab})")
     return inverse_of(temperature, n, device)
+
+
+def check_narrow(name: str, x: Tensor) -> None:
+    """For implementations whose statistics are float32."""
+    remedy = "float64 runs the reference, by impl='auto'"
+    expect(x.dtype != torch.float64, name, "at most float32 for this impl", x.dtype, remedy)
 
 
 def check_softcaps(**softcaps: float | None) -> None:

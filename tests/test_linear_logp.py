@@ -430,6 +430,9 @@ BAD = {
     "^softcap: wanted a positive number, or None": dict(softcap=0.0),
     "outputs: wanted any of": dict(outputs=("logp", "perplexity")),
     "mode: wanted 'auto'": dict(mode="fast", weight=torch.zeros(9, 4, requires_grad=True)),
+    "hidden: wanted at most float32 for this impl": dict(
+        hidden=torch.zeros(3, 4).double(), impl="torch"
+    ),
     "impl: wanted one of": dict(impl="fastest"),
     "impl: wanted one of auto, reference": dict(impl="cuda"),
 }

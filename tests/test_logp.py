@@ -179,10 +179,23 @@ def test_a_part_of_wider_logits_is_left_as_it_is(impl, device):
     assert_close(grad[:, :37].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_millions_of_entries(impl, device):
+    logits, targets, _ = make(1, 1 << 21, device=device)
+    upstream = {"logp": torch.ones(1, device=device)}
+    expected, wanted = run(reference, logits.double(), targets, upstream)
+    actual, grad = run(token_logp, logits, targets, upstream, impl=impl)
+    assert_close(actual.logp.double(), expected.logp, rtol=1e-5, atol=1e-5)
+    assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_logits():
     with pytest.raises(ValueError, match=r"logits: wanted shape \[N, V\]"):
         token_logp(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="softcap: wanted a positive number, or None.*got 0"):
         token_logp(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), softcap=0.0)
+    for impl in IMPLS:
+        with pytest.raises(ValueError, match="logits: wanted at most float32 for this impl"):
+            token_logp(torch.zeros(3, 4).double(), torch.zeros(3, dtype=torch.int64), impl=impl)
     with pytest.raises(ValueError, match="floating-point"):
         token_logp(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
