@@ -37,7 +37,7 @@ def plan(
     budget = (
         for_device(DEFAULT_BUDGET, torch.device(device)) if budget_bytes is None else budget_bytes
     )
-    rows = {"stash": n, "recompute": 0, "auto": min(n, budget // row_bytes)}
+    rows = {"stash": n, "recompute": 0, "auto": max(0, min(n, budget // row_bytes))}
     expect(mode in rows, "mode", "'auto', 'stash' or 'recompute'", repr(mode))
     kept = rows[mode]
     return Plan(kept, kept * row_bytes, 4 - kept / n if n else 3)
@@ -54,9 +54,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
     vocab_first = weight.dim() == 2 and weight.shape[1] == hidden.shape[1]
     expect(vocab_first, f"{prefix}weight", f"shape [V, {hidden.shape[1]}]", tuple(weight.shape))
     expect(weight.is_floating_point(), f"{prefix}weight", "a floating-point dtype", weight.dtype)
-    on_device = weight.device == hidden.device
-    expect(on_device, f"{prefix}weight", f"device {hidden.device}", weight.device)
+    place = hidden.device
+    expect(weight.device == place, f"{prefix}weight", f"device {place}", weight.device)
     if bias is not None:
+        expect(bias.device == place, f"{prefix}bias", f"device {place}", bias.device)
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"[{len(weight)}]", tuple(bias.shape)
         )

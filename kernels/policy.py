@@ -167,6 +167,8 @@ def _packed(
     for name, value in given.items():
         if value is None:
             continue
+        place = logp.device
+        expect(value.device == place, name, f"a tensor on {place}", value.device)
         kind = name in ("mask", "off_policy", "selected")
         expect(
             (value.dtype == torch.bool) == kind, name, "bool" if kind else "numbers", value.dtype

@@ -248,6 +248,17 @@ def test_frozen_inputs_skip_their_gemm(impl, frozen, device, monkeypatch):
         linear_logp(hidden, weight, inputs[2], impl=impl)
 
 
+def test_a_budget_below_nothing_keeps_nothing(device):
+    """As of what is left of a memory that is full."""
+    inputs, _ = make(4, 50, 4, {}, device=device)
+    upstream = {"logp": torch.randn(4, device=device)}
+    wanted, wanted_grads = run(linear_logp, inputs, {}, upstream, mode="recompute")
+    found, grads = run(linear_logp, inputs, {}, upstream, budget_bytes=-1000)
+    assert_close(found.logp, wanted.logp)
+    assert_close(grads, wanted_grads)
+    assert plan(4, 50, torch.float32, budget_bytes=-1000)[:2] == (0, 0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_mixed_plan_equals_either_mode(impl, device):
     """A budget for part of the tokens: some kept, some recomputed, the same numbers."""
@@ -424,6 +435,7 @@ BAD = {
     ),
     r"targets: wanted values in \[0, 9\); got 9": dict(targets=torch.tensor([1, 9, 2])),
     r"bias: wanted \[9\]": dict(bias=torch.zeros(8)),
+    "bias: wanted device cpu; got meta": dict(bias=torch.zeros(9, device="meta")),
     "temperature: wanted a positive": dict(temperature=0.0),
     r"temperature: wanted a number or \[3\]": dict(temperature=torch.ones(2)),
     "temperature: wanted positive numbers; got 0": dict(temperature=torch.tensor([1.0, 0, 2])),

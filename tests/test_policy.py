@@ -350,6 +350,8 @@ BAD = {
         advantages=torch.zeros(3)
     ),
     "mask: wanted bool; got torch.float32": dict(mask=torch.ones(4)),
+    "mask: wanted a tensor on cpu; got meta": dict(mask=torch.ones(4, device="meta").bool()),
+    "weight: wanted a tensor on cpu; got meta": dict(weight=torch.ones(4, device="meta")),
     "old_logp: wanted numbers; got torch.bool": dict(old_logp=torch.ones(4).bool()),
     "cu_seqlens: wanted a tensor": dict(loss_type="grpo", cu_seqlens=None),
     "cu_seqlens: wanted boundaries that rise": dict(
