@@ -33,14 +33,14 @@ from torch import Tensor
 from .advantage_parts import Packed, check_packed
 from .advantage_scan import Results, reference, scan, shape_rewards
 from .launch import choose_impl, expect, has_values
-from .segments import check_boundaries, segment_ids, segment_sum
+from .segments import check_steps, segment_ids, segment_sum
 from .whitening import whitening_statistics
 
 
 def _estimate(packed: Packed, steps: Tensor | None, impl: str, statistics: bool) -> Results:
     """By the implementation that `impl` and the tensors ask for."""
     if steps is not None:
-        _check_steps(steps, packed)
+        check_steps(steps, packed.cu_seqlens, len(packed.rewards), wait=True)
     if impl == "auto" and not has_values(packed.rewards):
         impl = "reference"
     impl = choose_impl(impl, packed.rewards.device, ("cuda", "triton", "cpu"))
@@ -230,18 +230,3 @@ def discounted_returns(
     """
     packed = check_packed(rewards, None, cu_seqlens, mask=mask, bootstrap=bootstrap, gamma=gamma)
     return _estimate(packed, None, impl, False).returns
-
-
-def _check_steps(steps: Tensor, packed: Packed) -> None:
-    rewards, cu_seqlens = packed.rewards, packed.cu_seqlens
-    check_boundaries("steps", steps, len(rewards), rewards.device, wait=True)
-    if not has_values(steps):
-        return
-    missing = cu_seqlens[~torch.isin(cu_seqlens, steps)].tolist()
-    expect(
-        not missing,
-        "steps",
-        "steps that each lie inside one sequence",
-        f"one that crosses the sequence boundary at token {missing[0]}" if missing else "",
-        "Every entry of cu_seqlens must be one of steps",
-    )

@@ -16,7 +16,7 @@ from .policy_losses import LOSSES
 from .policy_parts import Actions, Surrogate
 from .policy_weights import rollout_weight
 from .preference_parts import hyperparameters
-from .segments import check_boundaries, segment_spread, segment_sum
+from .segments import check_boundaries, check_steps, segment_spread, segment_sum
 from .surrogate import COUNTERS, Settings, Tokens, surrogate
 
 AGGREGATIONS = (
@@ -102,7 +102,10 @@ def policy_loss(
     expect(entropy_coef == 0 or entropy is not None, "entropy", "a tensor", None)
     missing = beta != 0 and ref_logp is None and full_kl is None
     expect(not missing, "ref_logp", "a tensor, or full_kl, for a beta that is not 0", None)
-    x = Actions(logp, cu_seqlens=cu_seqlens, steps=others.get("steps"), impl=impl, **given)
+    steps = others.get("steps")
+    if steps is not None and cu_seqlens is not None:
+        check_steps(steps, cu_seqlens, len(logp))
+    x = Actions(logp, cu_seqlens=cu_seqlens, steps=steps, impl=impl, **given)
     s = loss(x, **{name: value for name, value in others.items() if name in known})
 
     for more in (weight, _correction(x, rollout_mode, rollout_bounds, s.corrects_rollout)):

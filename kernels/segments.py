@@ -194,6 +194,24 @@ def check_boundaries(
         )
 
 
+def check_steps(
+    steps: torch.Tensor, cu_seqlens: torch.Tensor, total: int, *, wait: bool = False
+) -> None:
+    """Raises unless `steps` are boundaries that every entry of `cu_seqlens` is one of, so that each
+    lies inside one sequence. The values are read as `check_boundaries` reads them."""
+    check_boundaries("steps", steps, total, cu_seqlens.device, wait=wait)
+    if not has_values(steps) or not (wait or steps.device.type == "cpu"):
+        return
+    missing = cu_seqlens[~torch.isin(cu_seqlens, steps)].tolist()
+    expect(
+        not missing,
+        "steps",
+        "steps that each lie inside one sequence",
+        f"one that crosses the sequence boundary at token {missing[0]}" if missing else "",
+        "Every entry of cu_seqlens must be one of steps",
+    )
+
+
 def _check(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """x as float64 or float32, after every check."""
     expect(

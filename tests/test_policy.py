@@ -357,6 +357,12 @@ BAD = {
     "cu_seqlens: wanted boundaries that rise": dict(
         cu_seqlens=torch.tensor([0, 3, 2, 4], dtype=torch.int32)
     ),
+    "steps: wanted boundaries that rise from 0 .* 4; got 0 to 3": dict(
+        loss_type="gspo", steps=torch.tensor([0, 3], dtype=torch.int32)
+    ),
+    "steps: wanted steps that each lie inside one.* at token 3": dict(
+        loss_type="gspo", steps=torch.tensor([0, 2, 4], dtype=torch.int32)
+    ),
     "max_length: wanted a length": dict(loss_type="dr_grpo"),
     "aggregation: wanted one of token-mean": dict(aggregation="mean"),
     "mode: wanted one of token_truncate": dict(rollout_logp=torch.zeros(4), rollout_mode="clip"),
