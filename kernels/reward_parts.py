@@ -35,12 +35,21 @@ def readable(x: Tensor) -> bool:
     return has_values(x) and x.device.type == "cpu"
 
 
+def check_probability(name: str, value: Tensor) -> None:
+    """Labels of -1 and 1, or ratings, would be another loss, without a least value; on a CPU."""
+    if readable(value) and value.dtype != torch.bool and value.numel():
+        least, most = value.min().item(), value.max().item()
+        inside, got = 0 <= least and most <= 1, f"{least:.4g} to {most:.4g}"
+        expect(inside, name, "probabilities in [0, 1]", got)
+
+
 def label_loss(z: Tensor, preference: Tensor | None, label_smoothing: float) -> Tensor:
     """p h(z) + (1 - p) h(-z), p the preference (1 if None) smoothed: (1 - e) p + e (1 - p)."""
     if preference is None:
         return smoothed(logistic, z, label_smoothing)
     expect(0 <= label_smoothing <= 1, "label_smoothing", "a probability", label_smoothing)
     check_shape("preference", preference, z.shape)
+    check_probability("preference", preference)
     p = preference.to(z.dtype)
     return soft(z, p + label_smoothing * (1 - 2 * p))
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from .launch import expect
 from .objective import Mean, Objective
 from .preference_parts import logistic, smoothed, soft
-from .reward_parts import ABSENT, check_bool, check_shape, full, mean_over, readable
+from .reward_parts import (
+    ABSENT,
+    check_bool,
+    check_probability,
+    check_shape,
+    full,
+    mean_over,
+    readable,
+)
 
 
 def binary(rewards: Tensor, label: Tensor) -> Objective:
@@ -25,6 +33,7 @@ def binary(rewards: Tensor, label: Tensor) -> Objective:
     """
     expect(rewards.dim() == 1, "rewards", "[S], one per answer", tuple(rewards.shape))
     check_shape("label", label, rewards.shape)
+    check_probability("label", label)
     r = full(rewards)
     right = ((r > 0) == (label > 0.5)).float()
     return Objective(

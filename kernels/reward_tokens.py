@@ -19,7 +19,14 @@ from torch import Tensor
 from .launch import expect
 from .objective import Objective
 from .preference_parts import objective, soft
-from .reward_parts import check_bool, check_shape, full, label_loss, mean_over
+from .reward_parts import (
+    check_bool,
+    check_probability,
+    check_shape,
+    full,
+    label_loss,
+    mean_over,
+)
 from .segments import segment_ids, segment_sum
 
 
@@ -57,6 +64,7 @@ def bradley_terry_returns(
     if preference is None:
         return objective(surprise(z), chosen, rejected)
     check_shape("preference", preference, z.shape)
+    check_probability("preference", preference)
     p = preference.to(z.dtype)
     return objective(p * surprise(z) + (1 - p) * surprise(-z), chosen, rejected)
 
@@ -94,6 +102,8 @@ def prm(scores: Tensor, labels: Tensor, mask: Tensor) -> Objective:
     check_shape("labels", labels, scores.shape if labels.dim() == 2 else scores.shape[:1])
     s = full(scores).masked_fill(~(mask[:, None] if classes else mask), 0)
     kept = labels.masked_fill(~(mask[:, None] if labels.dim() == 2 else mask), 0)
+    if not classes or labels.dim() == 2:
+        check_probability("labels", kept)
     if not classes:
         loss = soft(s, kept.to(s.dtype))
         right = (s > 0) == (kept > 0.5)
@@ -125,6 +135,7 @@ def implicit_prm(
     check_shape("ref_logp", ref_logp, logp.shape)
     rewards = beta * segment_sum(full(logp) - full(ref_logp), cu_seqlens)
     check_shape("correct", correct, rewards.shape)
+    check_probability("correct", correct)
     right = ((rewards > 0) == (correct > 0.5)).float()
     return Objective(
         soft(rewards, correct.to(rewards.dtype)),
