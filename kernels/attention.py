@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from .attention_merge import merge
-from .launch import differentiated_once, expect
+from .launch import differentiated_once, expect, has_values
 from .prefix import PrefixTable, check_layout
 from .prefix import prefix_table as prefix_table  # callers import both from here
 
@@ -376,6 +376,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: PrefixTa
         expect(
             place == q.device, "prefix", f"tensors on {q.device}", place, "Use prefix.to(device)"
         )
+        if place.type == "cpu" and has_values(cu_seqlens) and has_values(prefix.cu_seqlens):
+            expect(
+                torch.equal(prefix.cu_seqlens, cu_seqlens),
+                "prefix",
+                "a table of these cu_seqlens",
+                "another batch's, as long as this one",
+                "Build it with prefix_table from this batch's cu_seqlens",
+            )
     elif cu_seqlens.device.type == "cpu":  # a GPU would have to be waited for
         check_layout(cu_seqlens.tolist(), [-1] * (cu_seqlens.numel() - 1))
         end = int(cu_seqlens[-1])

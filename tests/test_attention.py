@@ -273,6 +273,7 @@ def test_errors_name_the_tensor():
         ((q, k, v, cu[:2]), {}, "to end at the 6 tokens"),
         ((q, k, v, cu.to("meta")), {}, "one device"),
         ((q, k, v, bounds_of([6]), table), {}, "Build it with prefix_table"),
+        ((q, k, v, bounds_of([2, 4]), table), {}, "a table of these cu_seqlens"),
         ((q, k, v, cu, table.to("meta")), {}, "prefix.to"),
         ((q, k, v, cu), {"impl": "triton"}, "impl: wanted one of auto, reference, cpu"),
         ((q, k, v, cu), {"impl": "torch"}, "it takes CUDA tensors, not cpu"),
