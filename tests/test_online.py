@@ -6,7 +6,7 @@ import pytest
 import torch
 from online_runs import FULL, LEARN, PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import alone_and_on_two, needs, write_rows
+from tiny import WORDS, alone_and_on_two, needs, tiny_model, write_model, write_rows
 from torch.testing import assert_close
 
 COMMANDS = [
@@ -86,6 +86,19 @@ def test_samples_are_written(online_run, tmp_path):
         share = row["completion"].split().count("w7") / 6
         assert_close(row["reward"], share)
         assert row["rewards"] == {"share_of_w7": row["reward"]}
+
+
+def test_what_the_models_settings_call_an_end_ends_a_completion(online_run, tmp_path):
+    """Chat models end their turns with another token than the tokenizer's EOS."""
+    model = tiny_model(seed=3)
+    ends = [f"w{i}" for i in range(20)]
+    model.generation_config.eos_token_id = [WORDS.index(word) for word in ends]
+    more = ["--model_name_or_path", write_model(tmp_path / "model", model), "--max_steps", "2"]
+    lines = online_run("grpo", "out", *more, "--per_device_train_batch_size", "16")
+    assert lines[0]["completions/clipped_ratio"] < 0.5
+    rows = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    for row in map(json.loads, rows):
+        assert not set(row["completion"].split()[:-1]) & {*ends, "</s>"}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer, talk)
         top_p=config.top_p,
         top_k=config.top_k,
         min_p=config.min_p,
-        eos_token_ids=(tokenizer.eos_token_id,),
+        eos_token_ids=ends_of(policy, tokenizer),
     )
 
     def engine(model: nn.Module = policy, **options) -> Engine:
@@ -83,6 +83,15 @@ def sources(config: OnlineConfig, policy: nn.Module, reference, tokenizer, talk)
         greedy = replace(sampling, temperature=0.0)
         return Sources((own,), (own._replace(count=1, sampling=greedy, salt="greedy"),))
     return Sources((own,))
+
+
+def ends_of(model, tokenizer) -> tuple[int, ...]:
+    """The tokenizer's EOS and those of the model's generation settings: a chat model may end its
+    turns with another token."""
+    settings = getattr(model, "generation_config", None)
+    given = getattr(settings, "eos_token_id", None)
+    more = [] if given is None else [given] if isinstance(given, int) else list(given)
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def seed_of(seed: int, occasion: str, prompt: Prompt) -> int:
