@@ -41,6 +41,26 @@ def test_a_reward_that_fails_stops_the_run(online_run, capsys, reward, told):
     assert told in message and "out.jsonl:" in message
 
 
+def test_rows_of_several_tasks_train_together(online_run, tmp_path):
+    """A reward of one of them does not apply to rows of the others."""
+    rows = [{**row, **({"answer": "7"} if i % 2 else {})} for i, row in enumerate(PROMPTS)]
+    data = ["--dataset_name", write_rows(tmp_path / "mixed.jsonl", rows)]
+    options = [*STEP, *data, "--log_completions", "16", "--eval_fraction", "0.05"]
+    options += ["--reward_funcs", "gsm8k", f"{REWARDS}:even"]
+    online_run("grpo", "out", *options, reward=None)
+    told = {row["rewards"]["gsm8k"] for row in lines_of(tmp_path / "out" / "samples.jsonl")}
+    assert told >= {None, 0.0}
+
+
+def test_a_column_that_no_row_has_is_told_before_the_model_is_loaded(online_run, capsys):
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit) as exit:
+            online_run("grpo", "out", *STEP, "--reward_funcs", "ifeval", *more, reward=None)
+        assert exit.value.code == 2
+        told = capsys.readouterr()
+        assert "wanted a column 'instruction_id_list'" in told.err and not told.out
+
+
 @pytest.mark.full
 def test_a_killed_run_loses_and_repeats_no_prompt(online_model, tmp_path):
     """SIGKILL while the fourth window is judged; then as if nothing had happened."""

@@ -31,6 +31,13 @@ def test_a_prompt_beside_a_question_is_the_prompt():
     assert words(prompt.tokens) == "w1" and prompt.columns == {"question": "w2"}
 
 
+def test_what_a_row_lacks_is_none():
+    """Of rows of several tasks a window may have any."""
+    first, second = load([{"prompt": "w1", "answer": "7"}, {"prompt": "w2", "tests": "x"}])[0]
+    assert first.columns == {"answer": "7", "tests": None}
+    assert second.columns == {"answer": None, "tests": "x"}
+
+
 def test_a_conversation_ends_with_the_generation_prompt():
     messages = [{"role": "user", "content": "w1 w2"}]
     (prompt,), _ = load([{"prompt": messages}])

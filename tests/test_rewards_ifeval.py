@@ -152,6 +152,10 @@ def test_shares_unknown_kinds_and_the_loose_form():
     assert ifeval(*given) == [0.0] and ifeval(*given, loose=True) == [1.0]
 
 
+def test_a_row_without_instructions_does_not_apply():
+    assert ifeval(["a", "b"], [None, ["punctuation:no_comma"]], [None, [{}]]) == [None, 1.0]
+
+
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="no_comma: wanted other kwargs"):
         ifeval(["a"], [["punctuation:no_comma"]], [[{"relation": "less than"}]])

@@ -90,8 +90,7 @@ def walk_online(config, *, device: Device, count: int) -> None:
     checks.check(config)
     config = for_device(config, device)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    functions(config)
-    prompts, held_out, ledgers = online._prompts(config, tokenizer)
+    prompts, held_out, ledgers = online._prompts(config, tokenizer, functions(config))
     for data, found in ledgers.items():
         for line in found.lines():
             print(f"{data}: {line}")

@@ -36,6 +36,15 @@ class Functions(NamedTuple):
     preference: Feedback | None
     signals: dict[int, Signal]
 
+    def check(self, prompts: list[Prompt]) -> None:
+        """A UserError if one of them reads a column that the rows lack."""
+        columns = prompts[0].columns
+        for asked in (self.rewards, self.costs):
+            if asked is not None:
+                asked.check(columns)
+        if self.preference is not None:
+            self.preference.check([*columns, "opponents"])
+
 
 def functions(config: OnlineConfig) -> Functions:
     """Those of the command line, looked up before anything is loaded."""

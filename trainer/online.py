@@ -18,7 +18,7 @@ from .dist import Ranks, start
 from .errors import UserError
 from .experience import Window
 from .held_out import HeldOut
-from .judging import Judge, functions
+from .judging import Functions, Judge, functions
 from .learners import checks
 from .learners.controls import Controls
 from .learners.extragradient import Extragradient
@@ -71,7 +71,7 @@ def run_online(config: OnlineConfig, name: str) -> None:
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     asked, talk = functions(config), play(config, tokenizer)
-    prompts, held_out, ledgers = _prompts(config, tokenizer)
+    prompts, held_out, ledgers = _prompts(config, tokenizer, asked)
     longest = [_longest(p, config) for p in prompts + held_out]
     config, scorer, note = _load(config, config.model_name_or_path, tokenizer, longest, ranks)
     report = begin(config, name, scorer, note, ranks)
@@ -110,13 +110,18 @@ def run_online(config: OnlineConfig, name: str) -> None:
     _export(config, models, tokenizer, ranks, report)
 
 
-def _prompts(config: OnlineConfig, tokenizer) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
-    """To train on and to evaluate on, and what became of the rows."""
+def _prompts(
+    config: OnlineConfig, tokenizer, asked: Functions
+) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
+    """To train on and to evaluate on, with what is read of them, and what became of the rows."""
     rows, others = train_and_held_out(config)
     prompts, ledger = load_prompts(rows, tokenizer, config.max_prompt_length)
+    asked.check(prompts)
     if not others:
         return prompts, [], {"data": ledger}
-    held_out, told = load_prompts(others, tokenizer, config.max_prompt_length)
+    same = {} if config.eval_dataset_name else prompts[0].columns
+    held_out, told = load_prompts(others, tokenizer, config.max_prompt_length, same)
+    asked._replace(preference=None).check(held_out)
     return prompts, held_out, {"data": ledger, "held-out data": told}
 
 

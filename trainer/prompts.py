@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,13 +40,16 @@ class PromptLedger:
 
 
 def load_prompts(
-    rows: list[Row], tokenizer, max_length: int | None
+    rows: list[Row], tokenizer, max_length: int | None, columns: Iterable[str] = ()
 ) -> tuple[list[Prompt], PromptLedger]:
     """`prompt` rows, text or conversations; a conversation ends with the generation prompt.
 
-    Where no row has a `prompt`, `question` (GSM8K) or `problem` (MATH) is taken for it.
+    Where no row has a `prompt`, `question` (GSM8K) or `problem` (MATH) is taken for it. What a row
+    lacks of the `columns`, and of those that other rows have, is None there.
     """
     column = next((n for n in NAMES if any(n in row.columns for row in rows)), "prompt")
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row.columns)])
+    names.pop(column, None)
     ledger = PromptLedger(rows=len(rows))
     prompts: list[Prompt] = []
     for row in rows:
@@ -61,7 +64,7 @@ def load_prompts(
         if max_length is not None and len(tokens) > max_length:
             ledger.too_long += 1
             continue
-        others = {k: v for k, v in row.columns.items() if k != column}
+        others = {name: row.columns.get(name) for name in names}
         prompts.append(Prompt(len(prompts), tokens, prompt, others, row.where))
         ledger.kept += 1
         ledger.tokens += len(tokens)

@@ -25,7 +25,8 @@ def ifeval(
     """
     rewards, unknown = [], 0
     for text, ids, arguments in zip(texts(completions), instruction_id_list, kwargs, strict=True):
-        verdicts = [_follows(text, i, a, loose) for i, a in zip(ids, _read(arguments), strict=True)]
+        arguments = _read(arguments) if ids else ()
+        verdicts = [_follows(text, i, a, loose) for i, a in zip(ids or (), arguments, strict=True)]
         known = [verdict for verdict in verdicts if verdict is not None]
         unknown += len(verdicts) - len(known)
         rewards.append(sum(known) / len(known) if known else None)
