@@ -180,7 +180,8 @@ def reinforce(
 def remax(rewards: Tensor, greedy_rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     """ReMax, arXiv:2310.10505: r - r(greedy completion of the prompt).
 
-    greedy_rewards: [S], or [G] with cu_groups. Decode greedily with the same stop rules.
+    greedy_rewards: [S], or [G] with cu_groups; 0 advantage where it is NaN. Decode greedily with
+    the same stop rules.
     """
     if cu_groups is not None:
         check_boundaries("cu_groups", cu_groups, len(rewards), rewards.device)
@@ -188,7 +189,8 @@ def remax(rewards: Tensor, greedy_rewards: Tensor, cu_groups: Tensor | None = No
         got = tuple(greedy_rewards.shape)
         expect(got == (groups,), "greedy_rewards", f"shape ({groups},)", got)
         greedy_rewards = greedy_rewards[segment_ids(cu_groups, len(rewards))]
-    return reinforce(rewards, _per_completion("greedy_rewards", greedy_rewards, rewards))
+    baseline = _per_completion("greedy_rewards", greedy_rewards, rewards)
+    return reinforce(torch.where(baseline.isnan(), torch.nan, rewards), baseline)
 
 
 def opo(rewards: Tensor, lengths: Tensor, cu_groups: Tensor) -> Tensor:

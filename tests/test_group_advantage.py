@@ -46,6 +46,10 @@ BY_HAND = {
     "reinforce": (lambda: ga.reinforce(REWARDS), [-1.4, 0.6, -0.4, -1.4, 2.6]),
     "reinforce raw": (lambda: ga.reinforce(REWARDS, 0.0), [1, 3, 2, 1, 5]),
     "remax": (lambda: ga.remax(REWARDS, exact([2.0, 4.0]), GROUPS), [-1, 1, 0, -3, 1]),
+    "remax of no greedy reward": (
+        lambda: ga.remax(REWARDS, exact([2.0, NAN]), GROUPS),
+        [-1, 1, 0, 0, 0],
+    ),
     "remax each": (lambda: ga.remax(REWARDS, exact([1, 1, 1, 0, 0])), [0, 2, 1, 1, 5]),
     # baselines (1 + 3 + 8) / 6 and (3 + 5) / 4
     "opo": (lambda: ga.opo(REWARDS, exact([1, 1, 4, 3, 1]), GROUPS), [-1, 1, 0, -1, 3]),

@@ -19,7 +19,8 @@ from prefuse.trainer.learners.controls import Controls
 from prefuse.trainer.learners.extragradient import Extragradient
 from prefuse.trainer.learners.pairs import pairs
 from prefuse.trainer.learners.policy import policy
-from prefuse.trainer.online_config import GRPOConfig, NashMDConfig, OnlineDPOConfig
+from prefuse.trainer.learners.ppo import ppo, ppo_method
+from prefuse.trainer.online_config import GRPOConfig, NashMDConfig, OnlineDPOConfig, PPOConfig
 from prefuse.trainer.prompts import Prompt
 from prefuse.trainer.replay import Replay
 from prefuse.trainer.report import Meter
@@ -97,6 +98,37 @@ def test_remax_takes_off_the_greedy_reward():
     config = online_config(GRPOConfig, advantage="remax", num_generations=2, loss_type="reinforce")
     policy(config, Controls(), lambda x: x).batches(window, 0)
     assert_close(at_starts(window, "advantages"), [0.75, -0.25, -0.5, -0.75])
+
+
+@pytest.mark.parametrize("name", ["remax", "spo"])
+def test_what_nothing_was_compared_with_teaches_nothing(name):
+    """A greedy completion without a reward; a completion alone with its reward."""
+    window = window_of(
+        [[1.0, NAN], [0.5, 0.25]], others=[[NAN], [1.0]] if name == "remax" else None
+    )
+    config = online_config(GRPOConfig, advantage=name, num_generations=2, loss_type="reinforce")
+    policy(config, Controls(), lambda x: x).batches(window, 0)
+    second = [-0.5, -0.75] if name == "remax" else [0.5, -0.5]
+    assert_close(at_starts(window, "advantages"), [0.0, 0.0, *second])
+
+
+@pytest.mark.parametrize("name", ["reinforce_plus_plus", "ppo"])
+def test_what_was_not_judged_does_not_whiten_the_others(name):
+    window, without = window_of([[1.0, 2.0], [3.0, NAN]]), window_of([[1.0], [2.0], [3.0]])
+    without.completions = window.completions[:3]
+    for given in (window, without):
+        given.set("values", torch.zeros(int(given.cu_seqlens[-1])))
+        given.set("old_logp", torch.zeros(int(given.cu_seqlens[-1])))
+        if name == "ppo":
+            config = online_config(PPOConfig, beta=0.0)
+            learner = ppo(config, ppo_method(config, Controls()), Controls(), lambda x: x)
+        else:
+            config = online_config(GRPOConfig, advantage=name, per_device_train_batch_size=8)
+            learner = policy(config, Controls(), lambda x: x)
+        learner.batches(given, 0)
+    wanted = without.column("advantages")
+    assert wanted.abs().max() > 0.5
+    assert_close(window.column("advantages"), torch.cat([wanted, torch.zeros(3)]))
 
 
 def test_costs_weigh_against_rewards():

@@ -56,6 +56,11 @@ class Judged:
         return shaped_rewards(rewards, *pair, kl_coef=self.kl_coef)
 
     @property
+    def judged(self) -> Tensor:
+        """bool [M]: tokens of completions with a reward."""
+        return torch.repeat_interleave(~self.rewards.isnan(), self.lengths.long())
+
+    @property
     def tokens(self) -> int:
         return int(self.cu_seqlens[-1])
 
@@ -73,7 +78,8 @@ def nash(x: Judged) -> Tensor:
 def spo(x: Judged) -> Tensor:
     """SPO, arXiv:2401.04056: the mean over the group's others of P(y beats y'), less 1/2."""
     assert x.wins is not None
-    return replace(x, rewards=win_rates(x.wins, among_themselves=True) - 0.5).penalized()
+    lead = win_rates(x.wins, among_themselves=True) - 0.5
+    return replace(x, rewards=lead.nan_to_num(nan=0.0)).penalized()
 
 
 def remax(x: Judged) -> Tensor:
@@ -95,7 +101,7 @@ ESTIMATORS: dict[str, Callable[[Judged], Tensor]] = {
     "nash": nash,
     "reinforce": lambda x: group.reinforce(x.penalized(), reduce=x.reduce),
     "reinforce_plus_plus": lambda x: group.reinforce_plus_plus(
-        x.of_tokens(), x.cu_seqlens, reduce=x.reduce
+        x.of_tokens(), x.cu_seqlens, mask=x.judged, reduce=x.reduce
     ),
     "reinforce_plus_plus_baseline": lambda x: group.reinforce_plus_plus_baseline(
         x.penalized(), x.cu_groups, x.lengths.double(), reduce=x.reduce

@@ -47,14 +47,15 @@ def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -
         tokens = torch.from_numpy(np.concatenate([np.zeros(0), *window.paid()]))
         found = _gae(config, window, window.rewards, tokens, "values", controls.beta)
         window.set("returns", found.returns)
-        mixed, statistics = found.advantages, found.statistics
+        mixed, statistics, judged = found.advantages, found.statistics, _judged(window)
         if window.costs is not None:
             none = torch.zeros_like(tokens)
             costs = _gae(config, window, window.costs, none, "cost_values", -controls.beta)
             window.set("cost_returns", costs.returns)
             mixed = lagrangian(mixed, costs.advantages, controls.log_multiplier)
-            statistics = whitening_statistics(mixed)
-        white = whiten(mixed, reduce(statistics))
+        if window.costs is not None or not judged.all():
+            statistics = whitening_statistics(mixed, judged)
+        white = whiten(mixed, reduce(statistics), judged)
         warm = window.number >= config.critic_warmup_windows
         window.set("advantages", white if warm else torch.zeros_like(white))
         select(window, config)
@@ -79,6 +80,13 @@ def ppo(config: PPOConfig, policy: Method, controls: Controls, reduce: Reduce) -
         return result._replace(loss=loss, metrics=metrics)
 
     return Learner(policy._replace(objective=objective), scores, batches)
+
+
+def _judged(window: Window) -> Tensor:
+    """bool [M]: tokens of completions with a reward, and a cost where there are any."""
+    costs = 0.0 if window.costs is None else window.costs
+    lengths = window.cu_seqlens.diff().long()
+    return torch.repeat_interleave(~(window.rewards + costs).isnan(), lengths)
 
 
 def _gae(
