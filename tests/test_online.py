@@ -78,6 +78,17 @@ def test_the_engines_sample_alike(online_run, tmp_path, command):
         assert other.get("sampling/logp_difference", 0.0) < 1e-5  # where both are known
 
 
+def test_epochs_are_passes_over_the_prompts(online_run):
+    """A step has 20 of 32 prompts, so 5 epochs are 8 steps; the first ends in the second."""
+    options = ["--per_device_train_batch_size", "40", "--num_generations", "2"]
+    options += ["--eval_strategy", "epoch", "--eval_fraction", "0.1"]
+    rows = ["--num_train_epochs", "5", "--save_steps", "0"]
+    lines = online_run("grpo", "out", *options, *rows)
+    epochs = [x["epoch"] for x in lines if "epoch" in x]
+    assert_close(epochs, [(i + 1) * 20 / 32 for i in range(8)])
+    assert [x["step"] for x in lines if "eval_reward" in x] == [2, 3, 5, 6, 8]
+
+
 def test_samples_are_written(online_run, tmp_path):
     online_run("grpo", "out", "--max_steps", "2", "--per_device_train_batch_size", "8")
     rows = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]

@@ -206,7 +206,8 @@ def logs(config, done: int, schedule: Steps) -> bool:
 def evaluates(config, done: int, schedule: Steps) -> bool:
     if config.eval_strategy == "steps":
         return done % config.eval_steps == 0
-    return config.eval_strategy == "epoch" and done % schedule.steps_per_epoch == 0
+    each = schedule.steps_per_epoch
+    return config.eval_strategy == "epoch" and round(round(done / each) * each) == done
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ class OnlineSchedule:
         self.models, self.controls, self.ranks = models, controls, ranks
         self.steps_per_window = config.num_mini_batches * config.num_iterations
         windows = len(sampler.prompts) / (sampler.size * ranks.world)
-        self.steps_per_epoch = max(1, round(windows * self.steps_per_window))
+        self.steps_per_epoch = windows * self.steps_per_window
         self.total_steps = config.max_steps
         if config.max_steps <= 0:
             self.total_steps = max(1, round(config.num_train_epochs * self.steps_per_epoch))

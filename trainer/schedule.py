@@ -22,7 +22,7 @@ from .errors import UserError
 class Steps(Protocol):
     """The optimizer steps of a run, as the loop takes them."""
 
-    steps_per_epoch: int
+    steps_per_epoch: float  # an epoch may end within a step
     total_steps: int
     known_ahead: bool  # whether a step can be asked for before the one ahead of it is done
 
