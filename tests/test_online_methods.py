@@ -327,6 +327,17 @@ def test_thresholds_of_rests_passes(online_run):
         assert first["num_tokens"] > second["num_tokens"] > 0
 
 
+def test_the_reward_of_z_scores_is_told_as_their_sum(online_run):
+    """A mean of z-scores is 0, and the z-score of a held-out prompt's one completion."""
+    options = ["--per_device_train_batch_size", "16", "--max_steps", "1", "--eval_on_start"]
+    options += ["--reward_combination", "normalized_sum", "--eval_fraction", "0.5"]
+    options += ["--reward_funcs", f"{REWARDS}:even", f"{REWARDS}:share_of_w7"]
+    before, line = online_run("grpo", "out", *options, "--reward_weights", "1", "3", reward=None)
+    parts = line["rewards/even/mean"] + 3 * line["rewards/share_of_w7/mean"]
+    assert_close(line["reward"], parts)
+    assert line["reward_std"] > 0 and before["eval_reward"] > 0
+
+
 def test_held_out_prompts_are_sampled(online_run, tmp_path):
     options = [*LEARN, "16", "--eval_fraction", "0.2", "--eval_strategy", "steps"]
     lines = online_run("grpo", "out", *options, "--eval_steps", "8", "--eval_on_start")
@@ -360,6 +371,16 @@ def test_held_out_prompts_are_sampled(online_run, tmp_path):
             "grpo",
             ["--kl_target", "2"],
             "--kl_target: wanted a positive number, with a positive beta",
+        ),
+        (
+            "ppo",
+            ["--reward_combination", "normalized_sum"],
+            "--reward_combination: wanted sum or min with one",
+        ),
+        (
+            "nash-md",
+            ["--reward_combination", "normalized_sum", "--num_generations", "2"],
+            "--reward_combination: wanted sum or min, for rewards are compared",
         ),
         ("grpo", ["--cost_funcs", COST, "--advantage", "spo"], "--cost_funcs: wanted an advantage"),
         ("raft", ["--min_reward", "0", "1"], "--min_reward: wanted one number, or one for each"),

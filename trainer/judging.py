@@ -296,6 +296,9 @@ class Judge:
     def _measure(self, window: Window) -> None:
         """Of what the policy sampled."""
         rewards, parts, own = window.rewards, window.parts, window.own
+        learnt = rewards[own].view(len(window.prompts), -1)
+        if self.config.reward_combination == "normalized_sum":  # z-scores have a mean of 0
+            rewards = torch.from_numpy(combine(parts.numpy(), self.weights))
         lengths, groups = window.cu_seqlens.diff(), rewards[own].view(len(window.prompts), -1)
         whole = ~groups.isnan().any(1)
         values = {
@@ -305,7 +308,7 @@ class Judge:
         }
         if groups.shape[1] > 1:
             values["reward_std"] = _mean(groups.std(1, correction=0), whole)
-            values["frac_reward_zero_std"] = _mean(groups.amax(1) == groups.amin(1), whole)
+            values["frac_reward_zero_std"] = _mean(learnt.amax(1) == learnt.amin(1), whole)
         for k, name in enumerate(self.names):
             values[f"rewards/{name}/mean"] = _mean(parts[:, k], ~parts[:, k].isnan() & own)
         if window.foreign:

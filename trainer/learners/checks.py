@@ -22,6 +22,7 @@ def needs_reference(config: OnlineConfig) -> bool:
 def check(config: OnlineConfig) -> None:
     """What the configuration's own checks cannot know."""
     _check_preference(config)
+    _check_combination(config)
     if config.sync_ref_model and not needs_reference(config):
         raise UserError("--sync_ref_model: wanted a run with a reference model; this one has none")
     if isinstance(config, PolicyConfig) and not isinstance(config, PPOConfig):
@@ -54,6 +55,24 @@ def _check_preference(config: OnlineConfig) -> None:
         raise UserError(
             "--eval_strategy: wanted no, or a --reward_funcs to evaluate by: a policy's "
             "completions beat each other half of the time, whatever it has learnt"
+        )
+
+
+def _check_combination(config: OnlineConfig) -> None:
+    """A z-score is among completions of one prompt, sampled alike."""
+    if config.reward_combination != "normalized_sum":
+        return
+    if config.num_generations < 2:
+        raise UserError(
+            "--reward_combination: wanted sum or min with one completion a prompt, for its z-score "
+            "is 0 whatever it is; got normalized_sum. Or pass --num_generations 2 or more"
+        )
+    remax = isinstance(config, PolicyConfig) and config.advantage == "remax"
+    egpo = isinstance(config, OnlineDPOConfig) and config.loss_type == "egpo"
+    if remax or egpo or isinstance(config, NashMDConfig):
+        raise UserError(
+            "--reward_combination: wanted sum or min, for rewards are compared with those of other "
+            "completions, which would have z-scores of their own; got normalized_sum"
         )
 
 
