@@ -132,9 +132,11 @@ def test_mistakes_are_told(online_run, more, wanted, capsys):
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("parts", ["1", "2"])
 @pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=FULL)])
-def test_two_ranks_are_one(online_model, tmp_path, name):
-    """The same prompts, samples, rewards and losses, whether one process has them or two."""
+def test_two_ranks_are_one(online_model, tmp_path, name, parts):
+    """The same prompts, samples, rewards and losses, whether one process has them or two; also of
+    each of a pass's steps."""
     argv = [
         name,
         "--model_name_or_path",
@@ -142,12 +144,12 @@ def test_two_ranks_are_one(online_model, tmp_path, name):
         "--max_completion_length",
         "6",
         "--max_steps",
-        "2",
+        str(2 * int(parts)),
     ]
     argv += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", PROMPTS), "--disable_tqdm"]
     argv += ["--reward_funcs", f"{REWARDS}:share_of_w7", "--logging_steps", "1", "--bf16", "false"]
     argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--beta", "0.01"]
-    argv += ["--num_iterations", "2", "--output_dir"]
+    argv += ["--num_iterations", "2", "--num_mini_batches", parts, "--output_dir"]
     found = alone_and_on_two(argv, tmp_path)
     for one, two in zip(*found, strict=True):
         for key in one.keys() & {"loss", "reward", "kl", "grad_norm", "entropy", "value_loss"}:

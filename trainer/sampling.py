@@ -143,8 +143,7 @@ class Sampler:
         """This rank's part of the next window, by the weights as they are."""
         number = self.drawn
         self.drawn += 1
-        first = (number * self.ranks.world + self.ranks.rank) * self.size
-        places = [divmod(p, len(self.prompts)) for p in range(first, first + self.size)]
+        places = [divmod(place, len(self.prompts)) for place in self._places(number)]
         chosen = [(epoch, self.prompts[self._order(epoch)[at]]) for epoch, at in places]
         others = None
         if self.sources.others:
@@ -154,6 +153,17 @@ class Sampler:
         window = self._window(chosen, self.sources.own, policy, number)
         window.others = others
         return window
+
+    def _places(self, number: int) -> list[int]:
+        """Of this rank's prompts in the order of all epochs. The ranks share each optimizer step's,
+        where a step has whole prompts, so that their number does not change what it learns from."""
+        parts = self.config.num_mini_batches
+        parts = 1 if self.size % parts else parts
+        share, world = self.size // parts, self.ranks.world
+        starts = [
+            ((number * parts + part) * world + self.ranks.rank) * share for part in range(parts)
+        ]
+        return [place for start in starts for place in range(start, start + share)]
 
     def _window(
         self,
