@@ -48,6 +48,17 @@ needs_math_verify = needs("math_verify", "rewards")
         ("The answer to the first part is 12. Then 5 more came.", 12),
         ("#### Step 2\nAdd 3 and 4.\nThe answer is 7.", 7),
         ("#### Answer\n42", 42),
+        ("So the answer is 20 - 5 = 15 apples.", 15),
+        ("\\boxed{12 \\times 3 = 36}", 36),
+        ("#### 5+3=8", 8),
+        ("The answer is $20 - $5 = $15, as 3 = 3.", 15),
+        ("The answer is 8 = 5 + 3.", 8),
+        ("The answer is 12, since 12 + 3 = 15.", 12),
+        (
+            "<think>\\boxed{3}, or #### 4</think>\n<answer>5 apples</answer> I hope it helps 100 %",
+            5,
+        ),
+        ("The answer is 3. <answer>", None),
         ("5/0", None),
         ("no number", None),
         ("9" * 5000, None),
@@ -77,6 +88,8 @@ def test_the_final_number(text, wanted):
         ("The correct option is B.", "B"),
         ("**Final Answer**\n\n\\[ x + 1 \\]", "x + 1"),
         ("#### Result\nThe answer is $x$.", "x"),
+        ("<think>\\boxed{3}</think> <answer>x^2 + 1</answer>", "x^2 + 1"),
+        ("<answer>It is $x$, so \\boxed{y}</answer> for $z$", "y"),
     ],
 )
 def test_the_final_answer(text, wanted):
@@ -84,6 +97,9 @@ def test_the_final_answer(text, wanted):
 
 
 SAME = [
+    ("10000", "10\\,000"),
+    ("1234567.5", "1\\,234\\ 567.5"),
+    ("5", "5~\\mathrm{cm}"),
     ("\\frac{1}{2}", "0.5"),
     ("\\frac12", "\\dfrac{1}{2}"),
     ("1/2", "\\tfrac{1}{2}"),
@@ -221,6 +237,8 @@ def test_answers_that_differ(gold, answer):
         ("\\text{(C)}", "(C) Plane", True),
         ("\\text{(C)}", "(B) Cone", False),
         ("C", "C. 4", True),
+        ("C", "\\textbf{(C)}\\ 3", True),
+        ("C", "\\textbf{(B) }3", False),
         ("(B)", "\\textbf{(B)}", True),
         ("C", "C(5, 2)", False),
         ("C", "C x", False),
@@ -250,6 +268,9 @@ def test_letters_of_choices(gold, answer, right):
         ("We had \\[A = \\frac{1}{(a-b)} + \\frac{1}{(b-a)}\\] And", "0", False),
         ("So the answer is (C).", "\\text{(C)}", True),
         ("I can't answer it.", "3", False),
+        ("The answer is 5 - 3 = 2.", "2", True),
+        ("The answer is 5 - 3 = 2.", "5", False),
+        ("\\boxed{2}, \\boxed{3} <answer>7</answer>", "2, 3", False),
     ],
 )
 def test_solutions_as_models_write_them(solution, gold, right):

@@ -24,6 +24,9 @@ NUMBER = re.compile(
     r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s?/\s?(?P<over>\d+(?:\.\d+)?))?"
 )
+WORKED = re.compile(  # a sum before its result, as 20 - 5 =
+    r"(?:(?:[\d.,\s()+/x×÷·^%-]|\\(?:times|cdot|div)(?![a-zA-Z]))*=)+(?=\s*-?\s*[.\d])"
+)
 LONGEST = 2000  # characters of an answer; beyond it only the same letters are the same
 LONGEST_NUMBER = 400  # characters; Python refuses to read integers beyond 4300 digits
 MATH = re.compile(
@@ -70,7 +73,8 @@ LATEX = _rules(  # of a formula, whose spaces still part its words
     *((letter, by + " ") for letter, by in UNICODE.items()),
     (r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?", ""),
     (r"(?<=\d),\s*\\!\s*(?=\d{3})", ","),
-    (r"(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u2009\u202f]", " "),
+    (r"(?<=\d)(?:\\[, ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
+    (r"(?<!\\)\\[!,;: ]|\\q?quad\b|[~\u00a0\u2009\u202f]", " "),
     (r"\\varnothing", r"\\emptyset"),
     (r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -108,7 +112,7 @@ def _apply(rules, text: str) -> str:
 
 def final_number(text: str) -> Fraction | None:
     """The number a solution ends with, by the clearest mark that it has."""
-    text = _apply(PLAIN, text)
+    text = _apply(PLAIN, answered(text))
     hashed = after_hashes(text)
     if hashed is not None:
         return _first(hashed)
@@ -121,6 +125,12 @@ def final_number(text: str) -> Fraction | None:
             return number
     numbers = list(NUMBER.finditer(text))
     return _value(numbers[-1]) if numbers else None
+
+
+def answered(text: str) -> str:
+    """What stands in the last <answer>, closed or not; without one all of it."""
+    _, opened, rest = text.rpartition("<answer>")
+    return rest.partition("</answer>")[0].strip() if opened else text
 
 
 def after_hashes(text: str) -> str | None:
@@ -143,8 +153,14 @@ def _after_marks(text: str) -> Iterator[str]:
 
 
 def _first(text: str) -> Fraction | None:
-    match = NUMBER.search(text)
+    match = NUMBER.search(_result(text))
     return _value(match) if match else None
+
+
+def _result(text: str) -> str:
+    """A plain text, from behind the sum that it begins with if there is one."""
+    worked = WORKED.match(text)
+    return text[worked.end() :] if worked and len(NUMBER.findall(worked[0])) > 1 else text
 
 
 def _value(match: re.Match) -> Fraction | None:
@@ -163,6 +179,8 @@ def final_answer(text: str, numeric: bool = False) -> str | None:
 
     numeric: a number is looked for, so words without one are not the answer.
     """
+    own = answered(text)
+    tagged, text = own is not text, own
     inside = boxed(text)
     if inside is not None:
         return boxed(inside) or inside
@@ -173,6 +191,8 @@ def final_answer(text: str, numeric: bool = False) -> str | None:
         found = _stated(line, numeric)
         if found:
             return found
+    if tagged and not numeric and not MATH.search(text):
+        return text or None
     return _last(text, numeric)
 
 
@@ -187,7 +207,7 @@ def _stated(line: str, numeric: bool) -> str | None:
     sentence = re.split(r"\.(?:\s|$)", line.replace("**", ""))[0].strip()
     if not numeric or number(tidy(sentence)) is not None:
         return sentence
-    found = NUMBER.search(_apply(PLAIN, sentence))
+    found = NUMBER.search(_result(_apply(PLAIN, sentence)))
     return found[0] if found else None
 
 
@@ -262,8 +282,8 @@ def spaceless(text: str) -> str:
 
 
 def choice(text: str) -> str | None:
-    """The letter of a tidy "(B)", "(B) 4" or "B. 4"."""
-    match = re.match(r"\(([A-J])\)|([A-J])(?=[).:]\s|$)", text)
+    r"""The letter of a tidy "(B)", "(B) 4", "\text{(B)} 4" or "B. 4"."""
+    match = re.match(r"(?:\\text\{\s*)?\(([A-J])\)|([A-J])(?=[).:]\s|$)", text)
     return match and (match[1] or match[2])
 
 

@@ -9,6 +9,7 @@ from . import symbolic
 from .answers import (
     BASE,
     LONGEST,
+    answered,
     boxed_together,
     choice,
     final_answer,
@@ -51,7 +52,7 @@ def _solves(text: str, gold: str) -> bool:
     found = final_answer(text, numeric=number(tidy(wanted[:LONGEST])) is not None)
     if found is not None and same(wanted, found):
         return True
-    several = boxed_together(text) if "," in wanted else None
+    several = boxed_together(answered(text)) if "," in wanted else None
     return several is not None and same(wanted, several)
 
 
