@@ -144,6 +144,8 @@ def _token_losses(
     settings = Settings(s.rule, s.low, s.high, s.cap, estimator, beta)
     per_token, total, counters = surrogate(tokens, settings, x.impl)
     means = dict(zip(COUNTERS, counters.unbind(), strict=True))
+    if s.low == s.high:  # a ratio that is held at one number is not clipped
+        means |= dict.fromkeys(("clipped_low", "clipped_high"), torch.zeros_like(counters[0]))
     if estimator is None:
         del means["kl"]
     return per_token, total, {str(name): counted for name, counted in means.items()}

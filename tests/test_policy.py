@@ -277,6 +277,12 @@ def test_clip_counts():
     assert_close(metrics["policy/approx_kl"].total, (ratio - 1 - ratio.log()).sum())
 
 
+@pytest.mark.parametrize("name", ["reinforce", "vespo"])
+def test_a_loss_without_a_clip_counts_none(name):
+    metrics = call(name, draw()).metrics
+    assert metrics["clip_ratio/low_mean"].total == metrics["clip_ratio/high_mean"].total == 0
+
+
 @pytest.mark.parametrize("how", AGGREGATIONS)
 def test_aggregations(how):
     """What each is, on the tokens' own losses; the entropy's bonus and the KL go the same way."""
