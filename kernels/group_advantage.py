@@ -255,10 +255,14 @@ def pass_at_k(rewards: Tensor, cu_groups: Tensor, *, k: int) -> Tensor:
 
     rewards: 1 where correct, 0 where wrong.
 
-    Raises: a group has fewer than k completions.
+    Raises: a group has fewer than k completions; on a CPU, a reward that is neither 0 nor 1.
     """
     expect(k >= 1, "k", "at least 1", k)
     groups = _groups(rewards, cu_groups, least=k, every=True)
+    if has_values(rewards) and rewards.device.type == "cpu":
+        graded = groups.rewards[(groups.rewards != 0) & (groups.rewards != 1)]
+        remedy = "Reward correctness alone, with a weight of 1"
+        expect(not len(graded), "rewards", "0 or 1", sorted(set(graded.tolist()))[:3], remedy)
     n, c = groups.count, groups.sum(groups.rewards)
 
     def none_correct(n: Tensor, wrong: Tensor, drawn: int) -> Tensor:

@@ -421,6 +421,10 @@ FOUR = torch.zeros(4)
         ),
         (lambda: ga.pass_at_k(FOUR, bounds([2, 2]), k=0), "k: wanted at least 1; got 0"),
         (
+            lambda: ga.pass_at_k(FOUR + torch.tensor([0, 1, 0.5, torch.nan]), bounds([4]), k=2),
+            r"rewards: wanted 0 or 1; got \[0.5\]. Reward correctness alone",
+        ),
+        (
             lambda: ga.grpo(FOUR, bounds([4]), scale="rank"),
             "scale: wanted one of group, batch, none",
         ),
