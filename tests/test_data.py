@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import WORDS, tiny_tokenizer, write_rows
+from tiny import CHAT, WORDS, tiny_tokenizer, write_rows
 
 from prefuse.kernels.preference import LOSSES, hyperparameters
 from prefuse.trainer.data import common_prefix, pair_examples, sft_examples
@@ -81,6 +81,15 @@ CHAT_SFT = "user : w1 w2 assistant : w3 w4 </s>"
             CHAT_SFT,
             f"w3 w4 {EOS}",
         ),
+        (
+            {
+                "prompt": [user("w1"), assistant("w2")],
+                "completion": [user("w3"), assistant("w4")],
+            },
+            {"assistant_only": True},
+            f"user : w1 assistant : w2 {EOS} user : w3 assistant : w4 {EOS}",
+            f"w4 {EOS}",
+        ),
     ],
 )
 def test_sft_formats(row, options, whole, scored):
@@ -123,6 +132,32 @@ def test_pair_formats(row, wanted):
     (got,), ledger = pairs([row])
     assert got == tuple((ids(whole), ids(scored)) for whole, scored in wanted)
     assert (ledger.kept, ledger.without_eos, ledger.truncated) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("marker", ["{%- generation %}", "{%generation-%}"])
+def test_markers_of_a_template_may_strip_spaces(marker):
+    tokenizer = tiny_tokenizer(chat_template=CHAT.replace("{% generation %}", marker))
+    row = {"messages": [user("w1 w2"), assistant("w3 w4")]}
+    got, _ = sft(row, tokenizer=tokenizer, assistant_only=True)
+    assert got[1] == ids(f"w3 w4 {EOS}")
+
+
+@pytest.mark.parametrize(
+    "row, options, message",
+    [
+        ({"messages": [user("w1")]}, {"completion_only": True}, "--completion_only_loss wants"),
+        ({"text": "w1 w2"}, {"completion_only": True}, "--completion_only_loss wants"),
+        ({"text": "w1 w2"}, {"assistant_only": True}, "--assistant_only_loss wants messages"),
+        (
+            {"prompt": "w1", "completion": " w2"},
+            {"assistant_only": True},
+            "--assistant_only_loss wants messages",
+        ),
+    ],
+)
+def test_masks_that_a_row_cannot_have(row, options, message):
+    with pytest.raises(UserError, match=f"^rows:1: {message}"):
+        sft(row, **options)
 
 
 def test_identical_pairs_stay_where_a_loss_learns_from_them():

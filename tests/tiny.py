@@ -26,7 +26,7 @@ WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in 
 PLAIN = ["the", "cat", "sat", "on", "\n", "return", "a"]
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }} </s> {% endgeneration %}"
+    "{% generation %}{{ m['content'] }} </s>{% endgeneration %} "
     "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )

@@ -7,6 +7,7 @@ Formats are TRL's: `text`, `messages`, `prompt` + `completion`, `prompt` + `chos
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from jinja2 import TemplateError
 
 from .errors import UserError
 from .rows import Row
+
+MARKERS = re.compile(r"{%-?\s*generation\s*-?%}")  # as transformers reads them
 
 
 class Sequence(NamedTuple):
@@ -163,13 +166,13 @@ def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
         whole = columns[column]
         if not whole:
             raise UserError(f"{row.where}: {column!r} is empty; fill or remove the row")
+        if completion_only:
+            raise UserError(
+                f"{row.where}: --completion_only_loss wants 'prompt' and 'completion'; got "
+                f"{column!r}. Drop the flag, or split the row"
+            )
         is_text = kind_of(row, column) == "text"
-        if assistant_only:
-            tokens, scored = _assistant_mask(row, tokenizer)
-        else:
-            tokens = np.asarray(tokenize(tokenizer, [whole], [row])[0], dtype=np.int64)
-            scored = np.ones(len(tokens), dtype=bool)
-        return tokens, scored, is_text
+        return *_whole(row, whole, tokenizer, assistant_only), is_text
     if not {"prompt", "completion"} <= columns.keys():
         raise UserError(
             f"{row.where}: wanted 'text', 'messages', or 'prompt' and 'completion'; got columns "
@@ -179,17 +182,24 @@ def _sft_tokens(row: Row, tokenizer, completion_only, assistant_only):
     kind = _completion_kind(row, "completion")
     _require(row, "prompt", kind_of(row, "prompt"), kind, "as 'completion' is")
     prompt, completion = columns["prompt"], columns["completion"]
-    tokens = np.asarray(tokenize(tokenizer, [prompt + completion], [row])[0], dtype=np.int64)
+    tokens, scored = _whole(row, prompt + completion, tokenizer, assistant_only)
     alone = tokenize(tokenizer, [prompt], [row], add_generation_prompt=True)[0]
     start = common_prefix(np.asarray(alone), tokens) if completion_only is not False else 0
-    return tokens, np.arange(len(tokens)) >= start, kind == "text"
+    return tokens, scored & (np.arange(len(tokens)) >= start), kind == "text"
 
 
-def _assistant_mask(row: Row, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    messages = row.columns.get("messages")
+def _whole(row: Row, whole: Any, tokenizer, assistant_only: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of text or messages, and which may be scored."""
+    if assistant_only:
+        return _assistant_mask(row, whole, tokenizer)
+    tokens = np.asarray(tokenize(tokenizer, [whole], [row])[0], dtype=np.int64)
+    return tokens, np.ones(len(tokens), dtype=bool)
+
+
+def _assistant_mask(row: Row, messages: Any, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(messages, list):
-        raise UserError(f"{row.where}: --assistant_only_loss wants 'messages'; got text")
-    if "{% generation %}" not in (tokenizer.chat_template or ""):
+        raise UserError(f"{row.where}: --assistant_only_loss wants messages; got text")
+    if not MARKERS.search(tokenizer.chat_template or ""):
         raise UserError(
             "--assistant_only_loss: the chat template has no {% generation %} markers; add them "
             "around the assistant's content, or drop the flag"
