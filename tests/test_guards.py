@@ -146,6 +146,17 @@ def test_another_order_of_rows_is_refused(argv, capsys, more, wanted):
     assert wanted in capsys.readouterr().err
 
 
+def test_other_labels_under_a_resumed_run_are_refused(argv, tmp_path, capsys):
+    rows = [{**row, "label": True} for row in sft_rows(16)]
+    argv = ["reward", *argv[1:], "--loss_type", "binary"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    main([*argv, "--max_steps", "1"])
+    write_rows(tmp_path / "rows.jsonl", [{**rows[0], "label": False}, *rows[1:]])
+    with pytest.raises(SystemExit):
+        main([*argv, *RESUME])
+    assert "wanted the rows that the run began with" in capsys.readouterr().err
+
+
 def test_what_is_being_removed_is_no_checkpoint(argv, tmp_path, monkeypatch):
     """A kill inside a removal leaves files, but not under a checkpoint's name."""
     rmtree, out = shutil.rmtree, tmp_path / "out"

@@ -85,6 +85,8 @@ class Schedule:
                 found.update(len(sequence.tokens).to_bytes(8, "little"))
                 found.update(sequence.tokens.tobytes() + sequence.scored.tobytes())
             found.update(repr(example.judged).encode())
+            for name, numbers in sorted(example.columns.items()):
+                found.update(name.encode() + numbers.tobytes())
         return {"rows": len(self.examples), "sha256": found.hexdigest(), "seed": self.seed}
 
     def state(self) -> dict[str, Any]:
