@@ -318,6 +318,19 @@ def test_bad_rows_are_named(loss_type, row, message):
     assert message in str(told.value)
 
 
+def test_a_margin_that_only_later_rows_have():
+    pair = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
+    rows = [Row(pair, "here:1"), Row(pair | {"margin": 2.0}, "here:2")]
+    with pytest.raises(UserError, match="here:1: 'margin': wanted a number"):
+        reward_examples(rows, tiny_tokenizer(), None, "bradley_terry")
+
+
+@pytest.mark.parametrize("loss_type", FORMATS)
+def test_a_file_without_rows(loss_type):
+    with pytest.raises(UserError, match="no row is left to train on"):
+        reward_examples([], tiny_tokenizer(), None, loss_type)
+
+
 def test_rows_that_are_too_long_are_counted_and_never_cut():
     rows = [Row(r, str(i)) for i, r in enumerate(pair_rows(20))]
     every, _ = reward_examples(rows, tiny_tokenizer(), None, "bradley_terry")

@@ -102,8 +102,8 @@ def _pairs(rows: list[Row], tokenizer, loss_type: str, ledger: RewardLedger) -> 
     """Chosen, rejected; for costs the safer and the more harmful answer."""
     if FORMATS[loss_type] == "costs":
         rows = [_safe_rlhf(row) for row in rows]
-    first = rows[0].columns
-    judged = [c for c in OPTIONAL.get(loss_type, ()) if first.get(c) is not None]
+    given = {c for row in rows for c in row.columns if row.columns[c] is not None}
+    judged = [c for c in OPTIONAL.get(loss_type, ()) if c in given]
     pairs, skipped = pair_examples(rows, tokenizer, None, judged)
     ledger.identical = skipped.identical
     by_place = {row.where: row for row in rows}
