@@ -15,7 +15,7 @@ import pytest
 import torch
 from online_runs import PROMPTS, REWARDS
 from safetensors.torch import load_file
-from tiny import HERE, ragged_pairs, sft_rows, write_model, write_rows
+from tiny import HERE, ragged_pairs, sft_rows, tiny_model, write_model, write_rows
 
 from prefuse.trainer import checkpoint, loop
 from prefuse.trainer.cli import main
@@ -155,6 +155,29 @@ def test_other_labels_under_a_resumed_run_are_refused(argv, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*argv, *RESUME])
     assert "wanted the rows that the run began with" in capsys.readouterr().err
+
+
+def test_settings_of_the_optimizer_are_those_of_the_resumed_run(argv, tmp_path):
+    """At the schedule's place: as config.yaml and metrics.jsonl say."""
+    argv += ["--lr_scheduler_type", "linear", "--logging_steps", "1"]
+    main([*argv, "--max_steps", "2", "--learning_rate", "1e-3"])
+    main([*argv, *RESUME, "--learning_rate", "6e-4", "--weight_decay", "0.1", "--adam_beta1", "0"])
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    assert rates == pytest.approx([1e-3, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    last = tmp_path / "out" / "checkpoint-6"
+    group = {f"optimizer.param_groups.0.{name}": None for name in ("weight_decay", "betas")}
+    checkpoint.read_alone(group, last)
+    assert list(group.values()) == [0.1, (0.0, 0.999)]
+
+
+def test_a_checkpoint_of_another_model_or_optimizer(argv, tmp_path, capsys):
+    narrow = write_model(tmp_path / "narrow", tiny_model(intermediate_size=40))
+    main([*argv, "--max_steps", "1"])
+    for more in (("--optim", "sgd"), ("--model_name_or_path", narrow)):
+        with pytest.raises(SystemExit):
+            main([*argv, *RESUME, *more])
+        assert "wanted the parameters and the optimizer of this run; " in capsys.readouterr().err
 
 
 def test_what_is_being_removed_is_no_checkpoint(argv, tmp_path, monkeypatch):

@@ -160,7 +160,14 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> None:
     state = _state(modules, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
-        dcp.load(state, checkpoint_id=path)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except CheckpointException as error:
+            raise UserError(
+                f"--resume_from_checkpoint {path}: wanted the parameters and the optimizer of this "
+                f"run; {_cause(error)}. Give it the model, adapters and --optim that it was "
+                "written with, or begin a new run"
+            ) from error
     set_state_dict(
         modules["model"],
         optimizer,

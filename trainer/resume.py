@@ -53,8 +53,9 @@ class Checkpoints:
         path = checkpoint.resolve(self.folder, self.config.resume_from_checkpoint)
         progress = checkpoint.progress_of(path)
         self._check(path, progress)
+        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
         checkpoint.load(path, self.modules, self.optimizer)
-        self.learning_rate.load_state_dict(progress["learning_rate"])
+        _go_on(self.learning_rate, settings, progress["learning_rate"])
         step, world = progress["step"], progress["world"]
         same = world == self.ranks.world
         own = checkpoint.own_of(path, self.ranks.rank) if self.ranks.rank < world else None
@@ -134,6 +135,18 @@ class Checkpoints:
                 f"{self.config.dataset_name} as it was, take the former tokenizer and flags, or "
                 "begin a new run"
             )
+
+
+def _go_on(learning_rate, settings: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """The optimizer's settings are the flags of this run, at the place where the schedule was."""
+    learning_rate.load_state_dict({**state, "base_lrs": learning_rate.base_lrs})
+    place, optimizer = learning_rate.last_epoch, learning_rate.optimizer
+    for group, own, share in zip(
+        optimizer.param_groups, settings, learning_rate.lr_lambdas, strict=True
+    ):
+        rate = own["initial_lr"] * share(place)
+        group.update({**own, "params": group["params"], "lr": rate})
+    learning_rate._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _told(rows: dict[str, Any]) -> str:
