@@ -290,6 +290,7 @@ def test_the_order_of_rows(run):
     [
         ("linear", "0", [1.0, 0.75, 0.5, 0.25]),
         ("linear", "0.5", [0.0, 0.5, 1.0, 0.5]),
+        ("constant", "0.3", [0.0, 0.5, 1.0, 1.0]),
         ("constant", "0", [1.0, 1.0, 1.0, 1.0]),
         ("constant", "2", [0.0, 0.5, 1.0, 1.0]),
         ("cosine", "0", [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),

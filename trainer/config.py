@@ -51,7 +51,7 @@ class TrainConfig:
         default="linear", help="Shape of the learning rate after the warm-up."
     )
     warmup_steps: float = flag(
-        default=0, help="Steps of linear warm-up; below 1, a share of all steps."
+        default=0, help="Steps of linear warm-up; below 1, a share of all, rounded up."
     )
     optim: Literal["adamw_torch", "sgd"] = flag(default="adamw_torch", help="Optimizer.")
     weight_decay: float = flag(default=0.0, help="Decoupled; not applied to vectors.")

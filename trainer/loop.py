@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -164,7 +165,7 @@ def make_optimizer(scorer: nn.Module, config) -> torch.optim.Optimizer:
 
 def make_scheduler(optimizer, config, total_steps: int):
     warmup = config.warmup_steps
-    warmup = int(warmup) if warmup >= 1 else int(warmup * total_steps)
+    warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
     kind = config.lr_scheduler_type
     kind = "constant_with_warmup" if kind == "constant" and warmup else kind
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
