@@ -123,6 +123,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer, examples: list[Example],
     """Every id the tokenizer can give, or gave, must have a row in the model's embeddings."""
     embeddings: Any = model.get_input_embeddings()
     rows, ids = embeddings.weight.shape[0], len(tokenizer)
+    last = learned_positions(model)
     if ids > rows:
         raise UserError(
             f"{name}: the tokenizer has {ids} tokens but the model's vocabulary {rows}; use the "
@@ -135,6 +136,22 @@ def check_vocabulary(model: PreTrainedModel, tokenizer, examples: list[Example],
                 f"{example.where}: wanted tokens below {rows}, the model's vocabulary; got "
                 f"{largest}. {name}: use the model's own tokenizer, or resize its embeddings"
             )
+        longest = max(len(s.tokens) for s in example.sequences)
+        if last is not None and longest > last:
+            raise UserError(
+                f"{example.where}: wanted {last} tokens at most, for each of which {name} has "
+                f"learned a position; got {longest}. Pass --max_length {last}"
+            )
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many there are, in a table like GPT-2's; None for positions that are computed."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            if context is not None and 0 <= module.num_embeddings - context <= 2:  # OPT's has two
+                return context
+    return None
 
 
 def head_options(model: PreTrainedModel) -> HeadOptions:
