@@ -252,6 +252,7 @@ MESSAGES = [{"role": "user", "content": "w1"}]
             {"chosen": [*MESSAGES, {"role": "assistant", "content": ""}], "rejected": MESSAGES},
             ":3: 'chosen' is an empty completion",
         ),
+        ("kto", PAIR | {"prompt": MESSAGES}, ":3: 'prompt': wanted text, as 'chosen' is"),
         ("sft", {"txt": "w1"}, ":3: wanted 'text', 'messages', or 'prompt' and 'completion'"),
         ("sft", {"text": ""}, ":3: 'text' is empty"),
         ("sft", {"text": 3}, ":3: 'text': wanted text or a list of"),
@@ -320,6 +321,16 @@ def test_tokenizers_that_do_not_fit(run, tmp_path):
         run("dpo", [*rows, row], "--model_name_or_path", folder),
         "rows.jsonl:5: wanted tokens below 48, the model's vocabulary; got 53",
     )
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_rows_longer_than_a_table_of_positions(run, tmp_path, method):
+    model = tiny_model("OPT", max_position_embeddings=16, word_embed_proj_dim=32)
+    folder = write_model(tmp_path / "opt", model)
+    pair = {"prompt": "w1", "chosen": " w2", "rejected": " w3" * 20}
+    row = pair if method == "reward" else {"text": " w1" * 20}
+    told = run(method, [row], "--model_name_or_path", folder)
+    assert_told(told, "rows.jsonl:1: wanted 16 tokens at most", "Pass --max_length 16")
 
 
 def test_conversations_without_a_template(run, tmp_path):

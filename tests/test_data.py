@@ -160,6 +160,15 @@ def test_masks_that_a_row_cannot_have(row, options, message):
         sft(row, **options)
 
 
+def test_a_prompt_of_text_that_conversations_do_not_hold():
+    """It would be dropped; one that both begin with is there already."""
+    row = {"prompt": "w1", "chosen": [assistant("w2")], "rejected": [assistant("w3")]}
+    with pytest.raises(UserError, match="^rows:1: 'prompt': wanted messages, as 'chosen' is"):
+        pairs([row])
+    held = {side: [user("w1"), *row[side]] for side in ("chosen", "rejected")}
+    assert pairs([row | held]) == pairs([held])
+
+
 def test_identical_pairs_stay_where_a_loss_learns_from_them():
     rows = [{"prompt": "w1", "chosen": " w3", "rejected": c} for c in (" w3", " w4")]
     assert len(pairs(rows)[0]) == 1

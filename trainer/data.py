@@ -102,7 +102,7 @@ def pair_examples(
     differ = lambda row: row.columns["chosen"] != row.columns["rejected"]  # noqa: E731
     distinct = [row for row in rows if identical or differ(row)]
     ledger.identical = len(rows) - len(distinct)
-    parts = [split_prompt(row.columns) for row in distinct]
+    parts = [split_prompt(row) for row in distinct]
     prompts = tokenize(tokenizer, [p for p, _, _ in parts], distinct, add_generation_prompt=True)
     chosen = tokenize(tokenizer, [p + c for p, c, _ in parts], distinct)
     rejected = tokenize(tokenizer, [p + r for p, _, r in parts], distinct)
@@ -209,10 +209,10 @@ def _assistant_mask(row: Row, messages: Any, tokenizer) -> tuple[np.ndarray, np.
     return np.asarray(out["input_ids"], dtype=np.int64), scored
 
 
-def split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
+def split_prompt(row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected; an implicit prompt is split off as TRL's extract_prompt does."""
-    chosen, rejected = columns["chosen"], columns["rejected"]
-    prompt = columns.get("prompt")
+    chosen, rejected = row.columns["chosen"], row.columns["rejected"]
+    prompt = row.columns.get("prompt")
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
         return prompt, chosen, rejected
     index = 0
@@ -221,6 +221,12 @@ def split_prompt(columns: dict[str, Any]) -> tuple[Any, Any, Any]:
             if index > 0 and chosen[index - 1] == " ":  # tokens begin with their space
                 index -= 1
             break
+    if prompt and (isinstance(chosen, str) or not index):  # which would be dropped
+        raise UserError(
+            f"{row.where}: 'prompt': wanted {'text' if isinstance(chosen, str) else 'messages'}, "
+            "as 'chosen' is, or conversations that both begin with it; got "
+            f"{type(prompt).__name__}"
+        )
     return chosen[:index], chosen[index:], rejected[index:]
 
 

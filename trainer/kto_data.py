@@ -57,7 +57,7 @@ def _unpaired(row: Row) -> Iterator[Row]:
         yield row
         return
     require_columns(row, ("chosen", "rejected"))
-    prompt, *both = split(columns)
+    prompt, *both = split(row)
     for name, completion in zip(("chosen", "rejected"), both, strict=True):
         single = {"prompt": prompt, "completion": completion, "label": name == "chosen"}
         yield Row({**columns, **single}, f"{row.where} ({name})")
