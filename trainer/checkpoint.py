@@ -165,8 +165,8 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer) -> None:
         except CheckpointException as error:
             raise UserError(
                 f"--resume_from_checkpoint {path}: wanted the parameters and the optimizer of this "
-                f"run; {_cause(error)}. Give it the model, adapters and --optim that it was "
-                "written with, or begin a new run"
+                f"run; {_cause(error).rstrip('.')}. Give it the model, adapters and --optim that "
+                "it was written with, or begin a new run"
             ) from error
     set_state_dict(
         modules["model"],
