@@ -35,6 +35,7 @@ from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.errors import UserError
 from prefuse.trainer.kto_data import kto_examples, mismatched, partners, prompt_of
 from prefuse.trainer.report import Meter
+from prefuse.trainer.reward_data import reward_examples
 from prefuse.trainer.rows import Row
 from prefuse.trainer.schedule import Schedule
 from prefuse.trainer.sharding import shard
@@ -166,6 +167,19 @@ def test_every_completion_is_a_partner_once():
             found = [k for k in partners(prompts) if k is not None]
             assert sorted(found) == list(range(n))
             assert all(prompts[k] != p for k, p in zip(found, prompts, strict=True))
+
+
+@pytest.mark.parametrize("label, wanted", [("True", 1), ("false", 0), ("1", 1), ("0", 0)])
+def test_labels_of_a_csv_file_are_text(label, wanted):
+    row = Row({"prompt": "w1", "completion": " w2", "label": label}, "here:2")
+    (example,), _ = kto_examples([row], tiny_tokenizer(), None, ("label",))
+    assert example.judged == (wanted,)
+    (example,), _ = reward_examples([row], tiny_tokenizer(), None, "binary")
+    assert example.columns["label"].tolist() == [wanted]
+    flags = {"is_chosen_safe": label, "is_rejected_safe": label}
+    row = Row({"prompt": "w1", "chosen": " w2", "rejected": " w3", **flags}, "here:3")
+    (example,), _ = reward_examples([row], tiny_tokenizer(), None, "cost")
+    assert example.columns["unsafe"].tolist() == [1 - wanted] * 2
 
 
 def test_pairs_are_split_in_two():

@@ -324,6 +324,12 @@ def require_number(row: Row, column: str) -> None:
         )
 
 
+def truth(value: Any) -> Any:
+    """A label that a CSV file holds as text; any other value as it is."""
+    told = {"true": True, "1": True, "false": False, "0": False}
+    return told.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def kind_of(row: Row, column: str) -> str:
     """Whether a column holds text or a conversation; nothing else can be tokenized."""
     value = row.columns[column]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .data import Example, Ledger, Sequence, require_columns, require_number, sft_examples
+from .data import Example, Ledger, Sequence, require_columns, require_number, sft_examples, truth
 from .data import split_prompt as split
 from .errors import UserError
 from .rows import Row
@@ -68,6 +68,7 @@ def _judgement(row: Row, name: str) -> float:
     if name != "label":
         require_number(row, name)
         return float(value or 0)
+    value = truth(value)
     if value not in (True, False):  # 1 and 0 too
         raise UserError(
             f"{row.where}: 'label': wanted true for a desirable completion, or false; got {value!r}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import Example, Sequence, common_prefix, pair_examples, require_columns, tokenize
+from .data import Example, Sequence, common_prefix, pair_examples, require_columns, tokenize, truth
 from .errors import UserError
 from .rows import Row
 
@@ -241,6 +241,7 @@ def _number(row: Row, column: str, value: Any) -> float:
 
 
 def _probability(row: Row, column: str, value: Any) -> float:
+    value = truth(value)
     number = float(value) if isinstance(value, bool) else _number(row, column, value)
     if not 0 <= number <= 1:
         raise UserError(
@@ -250,6 +251,7 @@ def _probability(row: Row, column: str, value: Any) -> float:
 
 
 def _flag(row: Row, column: str, value: Any) -> float:
+    value = truth(value)
     if not isinstance(value, bool):
         raise UserError(f"{row.where}: {column!r}: wanted true or false; got {value!r}")
     return float(value)
