@@ -363,6 +363,7 @@ def test_adapters_of_a_reward_model_are_a_reward(run, tmp_path):
         (["--lora_dropout", "1"], "--lora_dropout: wanted [0, 1)"),
         (["--sync_ref_model"], "--sync_ref_model: wanted false with use_peft"),
         (["--use_peft", "false", "--merge_on_export"], "--merge_on_export: wanted --use_peft"),
+        (["--use_peft", "false", "--lora_r", "8"], "--lora_r: wanted --use_peft"),
     ],
 )
 def test_mistakes_are_told(run, more, wanted, capsys):

@@ -175,9 +175,9 @@ class TrainConfig:
         for name in ("lora_r", "lora_alpha"):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         require(0 <= self.lora_dropout < 1, "lora_dropout", "[0, 1)", self.lora_dropout)
-        for name in ("merge_on_export", "lora_target_modules", "lora_modules_to_save"):
-            given = bool(getattr(self, name)) and not self.use_peft
-            require(not given, name, "--use_peft beside it", "none")
+        for name in ADAPTERS:
+            given = getattr(self, name) != getattr(TrainConfig, name)
+            require(self.use_peft or not given, name, "--use_peft beside it", "none")
         share = self.activation_memory_budget
         fits = share is None or self.torch_compile and 0 <= share <= 1
         wanted = "a number in [0, 1], with torch_compile"
@@ -192,6 +192,8 @@ class TrainConfig:
         )
 
 
+ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
+ADAPTERS += ("merge_on_export",)
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
