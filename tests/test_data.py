@@ -244,7 +244,17 @@ def test_a_completion_without_tokens_is_no_pair():
         {"prompt": "w1", "chosen": " w3", "rejected": " w4"},
     ]
     got, ledger = pairs(rows)
-    assert len(got) == 1 and ledger.prompt_fills_max_length == 1
+    assert len(got) == 1
+    assert (ledger.nothing_scored, ledger.prompt_fills_max_length) == (1, 0)
+
+
+def test_a_conversation_without_an_answer_is_told_apart():
+    rows = [[user("w1"), assistant("w2")], [user("w1")], [user("w1 " * 9), assistant("w2")]]
+    rows = [Row({"messages": row}, "") for row in rows]
+    tokenizer = tiny_tokenizer(chat_template=CHAT)
+    got, ledger = sft_examples(rows, tokenizer, 8, assistant_only=True)
+    assert len(got) == 1
+    assert (ledger.nothing_scored, ledger.prompt_fills_max_length) == (1, 1)
 
 
 def test_no_row_left():

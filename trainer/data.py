@@ -52,9 +52,15 @@ class Ledger:
     truncated: int = 0
     identical: int = 0
     prompt_fills_max_length: int = 0
+    nothing_scored: int = 0
     without_eos: int = 0
     tokens: int = 0
     scored_tokens: int = 0
+
+    def skip(self, whatever_the_length: bool) -> None:
+        """A row of which max_length leaves nothing to train on, or any length would."""
+        self.nothing_scored += whatever_the_length
+        self.prompt_fills_max_length += not whatever_the_length
 
     def lines(self) -> Iterator[str]:
         yield f"{self.kept} of {self.rows} rows kept, {self.tokens} tokens, " + (
@@ -64,6 +70,7 @@ class Ledger:
             "truncated to max_length": self.truncated,
             "skipped: identical pair": self.identical,
             "skipped: prompt fills max_length": self.prompt_fills_max_length,
+            "skipped: nothing to train on, whatever the length": self.nothing_scored,
             "without EOS at the end": self.without_eos,
         }
         for note, count in notes.items():
@@ -116,7 +123,7 @@ def pair_examples(
         start = min(common_prefix(prompt, ids) for ids in pair)
         cut = [ids[:max_length] for ids in pair]
         if min(len(ids) for ids in cut) <= max(start, 1):
-            ledger.prompt_fills_max_length += 1
+            ledger.skip(whatever_the_length=min(len(ids) for ids in pair) <= max(start, 1))
             continue
         if np.array_equal(cut[0], cut[1]) and not identical:
             ledger.identical += 1
@@ -149,7 +156,7 @@ def sft_examples(
             tokens, scored = np.append(tokens, tokenizer.eos_token_id), np.append(scored, True)
         kept = slice(None, max_length)
         if not scored[kept][1:].any():
-            ledger.prompt_fills_max_length += 1
+            ledger.skip(whatever_the_length=not scored[1:].any())
             continue
         ledger.truncated += len(tokens) > len(tokens[kept])
         sequence = _sequence(tokens[kept], scored[kept])
