@@ -367,6 +367,8 @@ def test_references_that_cannot_follow(run, tmp_path):
     rows = pair_rows(4)
     told = run("dpo", rows, "--sync_ref_model", "--loss_type", "simpo", "--gamma", "1")
     assert_told(told, "--sync_ref_model: simpo has no reference to move")
+    told = run("dpo", rows, "--sync_ref_model", "--loss_type", "simpo", "--gamma", "1", "--dry_run")
+    assert_told(told, "--sync_ref_model: simpo has no reference to move")
     wide = write_model(tmp_path / "wide", tiny_model(intermediate_size=40))
     told = run("dpo", rows, "--sync_ref_model", "--ref_model_name_or_path", wide)
     assert_told(told, "--sync_ref_model: wanted a reference of the policy's architecture")

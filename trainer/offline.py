@@ -50,6 +50,9 @@ def run_sft(config: SFTConfig, go=None) -> None:
 
 def run_dpo(config: DPOConfig, go=None) -> None:
     """`prefuse dpo`; go: in place of `run`, with its arguments."""
+    needed = objectives.needs_reference(config.loss_type)
+    if config.sync_ref_model and not needed:
+        raise UserError(f"--sync_ref_model: {config.loss_type} has no reference to move")
 
     def tokenize(rows, tokenizer):
         judged = objectives.judged_columns(config.loss_type)
@@ -57,9 +60,7 @@ def run_dpo(config: DPOConfig, go=None) -> None:
         return pair_examples(rows, tokenizer, config.max_length, judged, identical)
 
     def method(config: DPOConfig, scorer, examples, ranks, report) -> Method:
-        if not objectives.needs_reference(config.loss_type):
-            if config.sync_ref_model:
-                raise UserError(f"--sync_ref_model: {config.loss_type} has no reference to move")
+        if not needed:
             return objectives.dpo(None, config.loss_type, config.hyperparameters)
         return referenced(
             config,
