@@ -65,7 +65,8 @@ def policy_loss(
             no loss, no gradient and no part in any mean. All True if None.
         ref_logp: of the reference policy, for a KL penalty, and for its metric if beta is 0.
         rollout_logp: of the engine that sampled, as it reported them: the loss is multiplied by
-            rollout_weight(old_logp, rollout_logp), with rollout_mode and rollout_bounds.
+            rollout_weight(old_logp, rollout_logp), with rollout_mode and rollout_bounds, unless it
+            has a correction of its own. A NaN, which it did not report, is a ratio of 1.
         cu_seqlens: [S+1] int32 boundaries of packed sequences; of [B, L] each row is one.
         loss_type: a key of LOSSES.
         aggregation: one of AGGREGATIONS, the loss's own if None: the mean over all tokens, or over

@@ -69,7 +69,8 @@ def decoupled_ppo(
     pi_rollout, which sampled, may be older than pi_old, which the clip stays close to.
     """
     low, high = _range(epsilon, epsilon_high)
-    weight = exp_ratio(x.kept(x.old_logp - x.need("rollout_logp"))).detach()
+    sampled = x.known(x.need("rollout_logp"))
+    weight = exp_ratio(x.kept(x.old_logp - sampled)).detach()
     return Surrogate(clip, low, high, weight=weight, corrects_rollout=True)
 
 
@@ -167,7 +168,7 @@ def vespo(
     u = x.log_ratio()
     rollout_logp = x.optional("rollout_logp")
     if rollout_logp is not None:
-        u = u + x.kept(x.old_logp - rollout_logp)
+        u = u + x.kept(x.old_logp - x.known(rollout_logp))
     log_w = x.sum(u).detach()
     good = x.need("advantages") >= 0
     k, rate = torch.where(good, k_pos, k_neg), torch.where(good, lambda_pos, lambda_neg)
@@ -256,7 +257,7 @@ def iw_opd(x: Actions, *, gamma: float = 0.5) -> Surrogate:
     """
     expect(gamma >= 0, "gamma", "a number of at least 0", gamma)
     rollout_logp = x.optional("rollout_logp")
-    sampled = x.old_logp if rollout_logp is None else rollout_logp
+    sampled = x.old_logp if rollout_logp is None else x.known(rollout_logp)
     advantages = x.kept(x.need("teacher_logp") - sampled).detach()
     size = advantages.abs()
     total = x.sum(size)

@@ -24,7 +24,7 @@ class Actions(Inputs):
     mask: Tensor | None = None  # bool: the policy's own tokens; all if None
     cu_seqlens: Tensor | None = None
     steps: Tensor | None = None  # int32 boundaries over which ratios are means; else cu_seqlens
-    rollout_logp: Tensor | None = None  # of the engine that sampled, as it saw them
+    rollout_logp: Tensor | None = None  # of the engine that sampled, as it saw them; NaN if unknown
     reward: Tensor | None = None  # of the token's sequence: 1 correct, 0 wrong
     pass_rate: Tensor | None = None  # mean reward of the prompt's completions
     off_policy: Tensor | None = None  # bool: tokens of a demonstration or another policy
@@ -35,6 +35,10 @@ class Actions(Inputs):
     def log_ratio(self) -> Tensor:
         """log R = log pi - log pi_old, 0 where the mask is False."""
         return self.kept(self.logp - self.old_logp)
+
+    def known(self, rollout_logp: Tensor) -> Tensor:
+        """rollout_logp, and log pi_old where the engine gave none: a ratio of 1."""
+        return torch.where(rollout_logp.isnan(), self.old_logp, rollout_logp)
 
     def kept(self, x: Tensor) -> Tensor:
         """x, and 0 at masked tokens."""

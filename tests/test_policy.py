@@ -339,6 +339,18 @@ def test_rollout_correction_is_a_weight_on_the_policy_term():
     assert_close(call("ppo", given, weight=weight, beta=0.0).loss, corrected)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_log_prob_that_the_engine_did_not_give_is_the_trainers(name):
+    """NaN, as in a replayed completion, counts as a ratio of 1, whichever loss corrects."""
+    given = draw()
+    unknown = torch.arange(len(given["logp"])) % 3 == 0
+    found = []
+    for nothing in (given["old_logp"], torch.nan):
+        rollout = torch.where(unknown, nothing, given["rollout_logp"])
+        found.append(gradient(name, given | dict(rollout_logp=rollout)))
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_hyperparameters_come_from_the_signature():
     assert hyperparameters(LOSSES["sapo"]) == dict(tau_pos=1.0, tau_neg=1.05)
 
