@@ -111,7 +111,7 @@ def gspo_token(
     return Surrogate(clip, low, high, log_ratio=straight, aggregation=PER_SEQUENCE)
 
 
-def luspo(x: Actions, *, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> Surrogate:
+def luspo(x: Actions, *, epsilon: float = 2e-3, epsilon_high: float | None = 2.5e-3) -> Surrogate:
     """LUSPO, arXiv:2602.05261: GSPO, each sequence times its length.
 
     The length is of the unmasked tokens, as in TRL; Liger 0.8.5 takes the padded width where the

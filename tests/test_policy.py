@@ -306,6 +306,17 @@ def test_aggregations(how):
     assert_close(found.loss, wanted)
 
 
+@pytest.mark.parametrize("name, high", [("gspo", 4e-4), ("luspo", 2.5e-3)])
+def test_the_range_of_a_mean_is_the_papers(name, high):
+    """GSPO's section 5.1 and LUSPO's: a ratio just within moves, one just beyond does not."""
+    old = torch.zeros(2, dtype=torch.float64)
+    given = dict(old_logp=old, advantages=torch.ones(2))
+    for ratio, moves in ((1 + 0.99 * high, True), (1 + 1.01 * high, False)):
+        options = dict(cu_seqlens=torch.tensor([0, 2], dtype=torch.int32), beta=0.0)
+        _, slope = gradient(name, given | dict(logp=old + math.log(ratio)), **options)
+        assert bool((slope != 0).all()) == moves
+
+
 def test_advantages_of_sequences_and_steps():
     """[S] stands for all tokens of a sequence; GSPO of steps has a ratio for each."""
     given = draw()
