@@ -198,13 +198,14 @@ def topr(x: Actions) -> Surrogate:
     return _reinforced(x, torch.where(x.need("advantages") >= 0, 1.0, truncated))
 
 
-def nft(x: Actions, *, epsilon: float = 1e-3, scale: str = "std") -> Surrogate:
+def nft(x: Actions, *, epsilon: float = 1.0, scale: str = "mean") -> Surrogate:
     """NFT, arXiv:2505.18116: -w log R if correct, else -w log max((1 - q R) / (1 - q), epsilon).
 
     q is pass_rate, per prompt; reward is 1 or 0. The maximum is straight through: its gradient is
-    that of what it replaces. With w = sqrt((1 - q) / q), scale="std", the slopes at R = 1 are
-    GRPO's advantages, with 1 - q, "mean", those of Dr. GRPO; "none" is 1. Groups with q = 0 or 1
-    teach nothing and count 0.
+    that of what it replaces. With w = 1 - q, scale="mean", the slopes at R = 1 are Dr. GRPO's
+    advantages, with sqrt((1 - q) / q), "std", those of GRPO; "none" is 1. Groups with q = 0 or 1
+    teach nothing and count 0. Defaults are those of the authors' code: at epsilon = 1 a wrong token
+    that has become likelier is pushed down by its R, at a smaller one by more.
     """
     weights = {"std": lambda q: ((1 - q) / q).sqrt(), "mean": lambda q: 1 - q, "none": lambda q: 1}
     expect(scale in weights, "scale", f"one of {', '.join(weights)}", repr(scale))

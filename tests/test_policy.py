@@ -55,9 +55,9 @@ CASES = [
     ("rloo", {}, [-1, 4]),
     ("topr", {}, [1, 2, 0, -0.5]),
     ("topr", dict(old_logp=[0.0, 0, 0, 0.5]), [1, 2, 0, -0.5 / E]),
-    ("nft", dict(aggregation="token-mean"), [-2 * LN2, 2 * LN2, 0, 4 * LN2]),
-    ("nft", dict(max_length=5, scale="none"), [0, 2 * LN2 / 5]),
-    ("nft", dict(aggregation="token-mean", scale="mean"), [-0.8 * LN2, 0.8 * LN2, 0, 1.6 * LN2]),
+    ("nft", dict(aggregation="token-mean"), [-0.8 * LN2, 0.8 * LN2, 0, 0]),
+    ("nft", dict(aggregation="token-mean", scale="std"), [-2 * LN2, 2 * LN2, 0, 0]),
+    ("nft", dict(max_length=5, scale="none", epsilon=0.1), [0, 2 * LN2 / 5]),
     ("luffy", {}, [-1.2, -(E**-2) / (E**-2 + 0.1), 0, 4]),
     ("distill", {}, [-2, 0.5, 0, -8]),
     ("iw_opd", dict(rollout_logp=[-1.0, 0, 0, -0.5]), [1.5, -8.25, 0, 1.5]),
@@ -315,6 +315,15 @@ def test_the_range_of_a_mean_is_the_papers(name, high):
         options = dict(cu_seqlens=torch.tensor([0, 2], dtype=torch.int32), beta=0.0)
         _, slope = gradient(name, given | dict(logp=old + math.log(ratio)), **options)
         assert bool((slope != 0).all()) == moves
+
+
+def test_nft_pushes_a_wrong_token_by_its_ratio():
+    """Its authors' clamp_negative=1 and normalize=1: w q R / ((1 - q) max(..., 1)) = q R."""
+    given = tensors(dict(reward=[0.0, 0.0, 1.0], pass_rate=[0.2] * 3))
+    given["old_logp"] = -torch.tensor([4.0, 0.5, 4.0], dtype=torch.float64).log()
+    options = dict(aggregation="token-mean", cu_seqlens=None, beta=0.0)
+    _, slope = gradient("nft", given | dict(logp=torch.zeros(3).double()), **options)
+    assert_close(slope, torch.tensor([0.8, 0.1 / (0.9 / 0.8), -0.8], dtype=torch.float64))
 
 
 def test_advantages_of_sequences_and_steps():
