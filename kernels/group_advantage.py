@@ -374,8 +374,9 @@ def prime(
 ) -> Tensor:
     """PRIME, arXiv:2502.01456: sum_{s >= t} RLOO(process)_s + RLOO(outcome), whitened; [T].
 
-    The process baseline is the mean over the other completions of their mean token reward, so that
-    a long completion does not set it: RLOO(process)_s = K / (K - 1) (r_s - mean_j mean_s r).
+    The process baseline is of completions' mean token rewards, so that a long one does not set it:
+    RLOO(process)_s = K / (K - 1) (r_s - mean_j mean_s r), as in the authors' code. That leaves the
+    completion itself out only where r_s is its own mean.
 
     Args:
         process_rewards: [T], beta (log pi_phi - log pi_ref) of the implicit reward model.

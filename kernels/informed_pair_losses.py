@@ -60,6 +60,7 @@ def wpo(pair: Pair, *, beta: float = 0.1) -> Objective:
     """WPO, arXiv:2406.11827: sg(exp(weight(w) + weight(l))) h(beta delta).
 
     weight(y) = mean_t (log pi - log sum_v p_v^2): completions unlike the policy's own count less.
+    As in the paper and TRL; the authors' code holds the product of the weights at 1 at most.
     """
     chosen, rejected = pair.log_ratios()
     weight = (pair.need("chosen_weight") + pair.need("rejected_weight")).detach().exp()
@@ -156,7 +157,8 @@ def beta_dpo(pair: Pair, *, beta: float = 0.1, alpha: float = 0.6) -> Objective:
     """beta-DPO, arXiv:2407.08639: h(b delta), b = beta (1 + alpha (M - M0)), b at least 0.
 
     M is batch_margin, the mean of beta delta over the global batch; M0 running_margin, its moving
-    average; both are detached and one number for all. Pairs far above their mean count more.
+    average; both are detached and one number for all. A batch above the average raises b. The
+    authors' code takes delta without beta for both, which is what its alpha of 0.6 is for.
     """
     chosen, rejected = pair.log_ratios()
     ahead = pair.need("batch_margin") - pair.need("running_margin")

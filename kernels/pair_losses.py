@@ -265,6 +265,7 @@ def cal_dpo(pair: Pair, *, beta: float = 0.1) -> Objective:
     """Cal-DPO, arXiv:2412.14516: h(delta) + (rho(w) - 1 / (2 beta))^2 + (rho(l) + 1 / (2 beta))^2.
 
     DPO, and SPPO's squares, which pin the log-ratios themselves. delta stands without beta there.
+    The authors' code halves the squares.
     """
     chosen, rejected = pair.log_ratios()
     target = 1 / (2 * beta)

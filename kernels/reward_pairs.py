@@ -272,8 +272,9 @@ def vpl(
     chosen, rejected: rewards [P] given a latent user, z = mean + exp(log_var / 2) * noise.
     mean, log_var: of the user's posterior [P, D], one row per pair.
 
-    KL = (mean^2 + exp log_var - 1 - log_var) / 2, summed over D. The authors' code leaves the half
-    out and sums over the batch, and normalises z: its weight is not this one. Unit: pair.
+    KL = (mean^2 + exp log_var - 1 - log_var) / 2, summed over D, as in the authors' code for
+    language models, which scales z to the length sqrt(D). Theirs for control leaves the half out
+    and sums over the batch: its weight is not this one. Unit: pair.
     """
     check_pair(chosen, rejected)
     expect(mean.dim() == 2, "mean", "[P, D], one row per pair", tuple(mean.shape))
