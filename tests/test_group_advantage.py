@@ -44,6 +44,7 @@ BY_HAND = {
     ),
     "dr_grpo": (lambda: ga.dr_grpo(REWARDS, GROUPS), [-1, 1, 0, -2, 2]),
     "reinforce": (lambda: ga.reinforce(REWARDS), [-1.4, 0.6, -0.4, -1.4, 2.6]),
+    "reinforce unscored": (lambda: ga.reinforce(exact([1.0, NAN, 3.0])), [-1, 0, 1]),
     "reinforce raw": (lambda: ga.reinforce(REWARDS, 0.0), [1, 3, 2, 1, 5]),
     "remax": (lambda: ga.remax(REWARDS, exact([2.0, 4.0]), GROUPS), [-1, 1, 0, -3, 1]),
     "remax of no greedy reward": (
@@ -139,6 +140,30 @@ def test_rloo_leaves_one_out():
             others = [float(rewards[j]) for j in range(begin, end) if j != i]
             wanted[i] = rewards[i] - sum(others) / len(others)
     assert_close(ga.rloo(rewards, cu_groups), wanted)
+
+
+def test_prime_by_loops():
+    """Three and two completions, with coefficients: a token's reward less the mean of the group's
+    means, scaled, to go; beside the outcome less that of the others."""
+    lengths, sizes = [3, 1, 2, 4, 2], [3, 2]
+    outcomes = torch.randn(5, dtype=torch.float64)
+    rewards = list(torch.randn(12, dtype=torch.float64).split(lengths))
+    wanted, first = [], 0
+    for k in sizes:
+        group, scores = rewards[first : first + k], outcomes[first : first + k]
+        baseline = sum(r.mean() for r in group) / k
+        for r, score in zip(group, scores, strict=True):
+            tokens = 0.5 * k / (k - 1) * (r - baseline)
+            outcome = 3 * (score - (scores.sum() - score) / (k - 1))
+            wanted += [tokens[t:].sum() + outcome for t in range(len(r))]
+        first += k
+    wanted = torch.stack(wanted)
+    got = ga.prime(
+        *(torch.cat(rewards), outcomes, bounds(lengths), bounds(sizes)),
+        process_coef=0.5,
+        outcome_coef=3.0,
+    )
+    assert_close(got, (wanted - wanted.mean()) / wanted.std(), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -370,8 +395,8 @@ def test_whitening_what_does_not_vary(value, count):
 
 
 def test_a_moving_mean():
-    first = moving_mean(1.0, exact([2.0, 10.0, 60.0]), decay=0.75)
-    assert first == 0.75 + 0.25 * 5
+    first = moving_mean(2.0, exact([2.0, 10.0, 60.0]), decay=0.75)
+    assert first == 1.5 + 0.25 * 5
     assert moving_mean(first, exact([0.0, 0.0, 0.0])) == first
     assert mean_and_variance(exact([4.0, 8.0, 28.0]), ddof=0)[1] == 3
 

@@ -43,7 +43,9 @@ def test_nft_on_policy_has_the_slopes_of_grpo():
         given = dict(reward=rewards.flatten().double(), pass_rate=q.flatten())
         cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32)
         options = dict(loss_type="nft", scale=scale, max_length=1.0, cu_seqlens=cu_seqlens)
-        policy_loss(x, **given, **options).loss.sum().backward()
+        loss = policy_loss(x, **given, **options).loss
+        assert (loss[10:] == 0).all()
+        loss.sum().backward()
         assert_close(x.grad, -advantages.flatten())
 
 

@@ -15,6 +15,7 @@ from prefuse.kernels.preference import (
     unpaired_loss,
 )
 from prefuse.kernels.preference_parts import Labelled, Listed
+from prefuse.kernels.unpaired_losses import optimal_value
 
 
 def h(z: float) -> float:
@@ -74,13 +75,37 @@ def test_unpaired_gradients(name):
     assert grad[0] < 0 < grad[1]  # raise the desirable one, lower the other
 
 
-def test_the_shift_is_detached_and_kto_keeps_it_positive():
+@pytest.mark.parametrize("name, values", [("kto", [s(-2), s(-2)]), ("bco", [h(5), h(-1)])])
+def test_the_shift_is_detached_and_kto_keeps_it_positive(name, values):
     given = singles() | dict(shift=torch.tensor(-3.0, dtype=torch.float64, requires_grad=True))
     given["logp"].requires_grad_()
-    loss = unpaired_loss(**given, loss_type="kto", beta=2.0).loss
-    assert_close(loss, torch.tensor([s(-2), s(-2)], dtype=torch.float64))
+    loss = unpaired_loss(**given, loss_type=name, beta=2.0).loss
+    assert_close(loss, torch.tensor(values, dtype=torch.float64))
     loss.sum().backward()
     assert given["shift"].grad is None
+
+
+@pytest.mark.parametrize("name", UNPAIRED_LOSSES)
+def test_implicit_rewards_by_hand(name):
+    options = {"tau" if name == "dro_v" else "beta": 0.25}
+    rewards = unpaired_loss(**singles(), loss_type=name, **options).metrics["rewards"]
+    assert rewards.tolist() == [0.25, -0.25]
+
+
+def test_the_optimal_value_is_a_soft_maximum():
+    """beta log of the mean of 1 and 3, and of 4 and 4, where exp(r / beta) is; a shift goes along;
+    near 0 it is the best of the rewards, far from it their mean."""
+    odds = torch.tensor([[1.0, 3.0], [4.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    rewards = 0.25 * odds.log()
+    found = optimal_value(rewards, beta=0.25)
+    wanted = torch.tensor([0.25 * math.log(2), 0.25 * math.log(4)], dtype=torch.float64)
+    assert_close(found, wanted)
+    assert not found.requires_grad
+    assert_close(optimal_value(rewards + 7, beta=0.25), wanted + 7)
+    for beta, limit in ((1e-4, rewards.amax(1)), (1e4, rewards.mean(1))):
+        assert_close(optimal_value(rewards, beta=beta), limit, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"rewards: wanted \[G, K\]"):
+        optimal_value(torch.zeros(3))
 
 
 def test_dro_v_trains_the_critic_too():
@@ -110,6 +135,7 @@ Z = math.e + 1 / math.e + 1
 Q = [math.e / Z, 1 / (math.e * Z), 1 / Z]
 R = sum(math.exp(r) for r in (2, 0, 1))
 PS = [math.exp(r) / R for r in (2, 0, 1)]
+HALVED = [math.exp(r / 2) / sum(math.exp(r / 2) for r in (2, 0, 1)) for r in (2, 0, 1)]
 D = [1 / math.log(2), 1 / math.log(4), 1 / math.log(3)]  # ranks 1, 3, 2
 LISTS = [
     ("infonca", dict(beta=1.0), -sum(p * math.log(q) for p, q in zip(PS, Q, strict=True))),
@@ -119,6 +145,21 @@ LISTS = [
         sum(p * h(z) + h(-z) / 3 for p, z in zip(PS, (1, -1, 0), strict=True)),
     ),
     ("exo", dict(beta=1.0), sum(q * math.log(q / p) for p, q in zip(PS, Q, strict=True))),
+    (
+        "infonca",
+        dict(beta=1.0, alpha=2.0),
+        -sum(p * math.log(q) for p, q in zip(HALVED, Q, strict=True)),
+    ),
+    (
+        "nca",
+        dict(beta=2.0, alpha=2.0),
+        sum(p * h(z) + h(-z) / 3 for p, z in zip(HALVED, (2, -2, 0), strict=True)),
+    ),
+    (
+        "exo",
+        dict(beta=1.0, alpha=2.0),
+        sum(q * math.log(q / p) for p, q in zip(HALVED, Q, strict=True)),
+    ),
     ("plackett_luce", dict(beta=1.0), -math.log(Q[0]) + math.log(1 + 1 / math.e)),
     (
         "lipo",
@@ -139,6 +180,8 @@ def test_lists_by_hand(name, options, value):
     found = list_loss(**lists(), loss_type=name, **options)
     assert found.unit == "group" and found.metrics["rewards/accuracies"].tolist() == [1.0]
     assert_close(found.loss, torch.tensor([value], dtype=torch.float64))
+    worst = list_loss(**lists() | dict(reward=-lists()["reward"]), loss_type=name, **options)
+    assert worst.metrics["rewards/accuracies"].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", LIST_LOSSES)
@@ -197,7 +240,8 @@ def test_the_order_of_completions_does_not_matter(name):
 
 
 def test_two_completions_are_a_pair():
-    """Plackett-Luce of two is DPO; LiPO weighs it; EXO and InfoNCA meet their pair forms."""
+    """Plackett-Luce of two is DPO; LiPO weighs it; EXO meets its pair form; where one is sure to be
+    the better, NCA does, and InfoNCA is DPO."""
     logp, ref = torch.randn(9, 2).double() * 3, torch.randn(9, 2).double() * 3
     reward = torch.tensor([[1.0, 0.0]]).double().expand(9, 2)
     given = dict(ref_logp=ref, reward=reward)
@@ -210,6 +254,11 @@ def test_two_completions_are_a_pair():
         logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], loss_type="exo_pair", label_smoothing=epsilon
     )
     assert_close(list_loss(logp, **given, loss_type="exo").loss, pair.loss)
+    sides = logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1]
+    given["reward"] = 1000 * reward
+    for name, of_two in (("nca", "nca_pair"), ("infonca", "sigmoid")):
+        wanted = preference_loss(*sides, loss_type=of_two).loss
+        assert_close(list_loss(logp, **given, loss_type=name).loss, wanted)
 
 
 @pytest.mark.parametrize("name", [*UNPAIRED_LOSSES, *LIST_LOSSES])

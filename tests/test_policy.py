@@ -45,6 +45,7 @@ CASES = [
     ("gspo_token", {}, [-1, 4]),
     ("luspo", {}, [-2, 4]),
     ("gmpo", dict(epsilon=math.log(1.5)), [-math.sqrt(0.75), 4]),
+    ("gmpo", dict(epsilon=math.log(1.5), advantages=[-1.0, -1.0, 9.0, -1.0]), [2 / 3**0.5, 4]),
     ("cispo", dict(epsilon_high=1.5), [1.5, 1, 0, -0.75]),
     ("cispo", dict(epsilon_high=1.5, epsilon=0.2), [1.5, 1.6, 0, -0.75]),
     ("sapo", dict(tau_neg=2.0), [-2 * (s(1) + s(-0.5)), 2 * s(6)]),

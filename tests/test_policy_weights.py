@@ -18,8 +18,8 @@ from prefuse.kernels.policy_weights import (
 CU = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
 MASK = torch.tensor([True, True, False, True, True])
 # ratios pi_old / pi_rollout of 2, 1/4, (masked) 9, 3, and one the engine could not give
-OLD = torch.tensor([2.0, 0.25, 9.0, 3.0, 1.0]).log()
-ROLLOUT = torch.tensor([0.0, 0.0, 0.0, 0.0, torch.nan])
+ROLLOUT = torch.tensor([-0.5, -1.0, -2.0, -0.25, torch.nan])
+OLD = torch.tensor([2.0, 0.25, 9.0, 3.0, 1.0]).log() + ROLLOUT.nan_to_num(-3.0)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_rollout_weight(mode, wanted):
 
 def test_off_policy_mask():
     """Mean drifts 0.4 and 0.1: the first sequence goes where its advantage is negative."""
-    rollout = torch.tensor([0.3, 0.5, 9.0, 0.1, torch.nan])
-    logp = torch.tensor([0.0, 0.0, 0.0, -0.1, 5.0])
+    rollout = torch.tensor([-0.7, -0.5, 9.0, -0.8, torch.nan])
+    logp = torch.tensor([-1.0, -1.0, 0.0, -1.0, 5.0])
     for sign in (1, -1):
         advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0]) * sign
         found = off_policy_mask(logp, rollout, advantages, MASK, CU, threshold=0.2)

@@ -15,7 +15,7 @@ PAIR = dict(chosen=-2.0, rejected=-6.0, ref_chosen=-3.0, ref_rejected=-5.0)
 LENGTHS = dict(chosen_len=2.0, rejected_len=3.0)
 JUDGED = dict(margin=math.log(3), preference=0.75)
 SCORED = dict(prev_chosen=-2.5, prev_rejected=-5.5, chosen_kl=0.5, rejected_kl=1.5)
-SCORED |= dict(chosen_weight=-math.log(2), rejected_weight=0.0, explored=-4.0)
+SCORED |= dict(chosen_weight=-math.log(2), rejected_weight=-math.log(3), explored=-4.0)
 SCORED |= dict(gold=-8.0, gold_len=4.0)
 SCORED |= dict(batch_margin=1.5, running_margin=0.5)
 EXTRA = LENGTHS | JUDGED | SCORED
@@ -43,7 +43,7 @@ CASES = [
     ("hinge", dict(beta=1.0), 0.0),
     ("hinge", dict(beta=0.2, label_smoothing=0.25), 0.75 * 0.6 + 0.25 * 1.4),
     ("slic", dict(delta=5.0, nll_coef=0.5), 2.0),
-    ("ipo", dict(beta=1.0), (1 / 2 + 1 / 3 - 1 / 2) ** 2),
+    ("ipo", dict(beta=0.5), (1 / 2 + 1 / 3 - 1) ** 2),
     ("ipo", dict(beta=1.0, label_smoothing=0.5), 0.5 * (1 / 3) ** 2 + 0.5 * (4 / 3) ** 2),
     ("ipo_sum", dict(beta=0.1), 9.0),
     ("fdpo_forward_kl", dict(beta=0.5), h(0.5 * (E - 1 / E))),
@@ -69,7 +69,7 @@ CASES = [
     ("alphapo", dict(beta=1.0, gamma=0.0, alpha=1.0), h(E**2 - E)),
     ("cpo", dict(beta=0.25, nll_coef=2.0), h(1) + 2.0),
     ("orpo", dict(beta=0.5), 1 + 0.5 * h(log_odds(-1) - log_odds(-2))),
-    ("rdpo", dict(beta=1.0, alpha=0.5), h(1.5)),
+    ("rdpo", dict(beta=0.25, alpha=0.75), h(0.5 - 0.75)),
     ("dpop", dict(beta=0.5, penalty=3.0), h(1)),
     ("dpo_nll", dict(beta=0.5, nll_coef=3.0), h(1) + 3),
     ("cpl", dict(alpha=0.5, bias=0.5), h(0.5)),
@@ -80,7 +80,7 @@ CASES = [
         dict(beta=0.5, eta=1.0),
         0.75 * (h(1) - math.log(4 / 3)) + 0.25 * (h(-1) - math.log(4)),
     ),
-    ("wpo", dict(beta=0.5), 0.5 * h(1)),
+    ("wpo", dict(beta=0.5), h(1) / 6),
     ("tdpo1", dict(beta=0.5), h(0.5)),
     ("tdpo2", dict(beta=0.5, alpha=0.5), h(0.75)),
     ("tpo", dict(beta=0.25, nll_coef=3.0), h(1) + 6),
@@ -89,7 +89,7 @@ CASES = [
     ("xpo", dict(beta=0.5, alpha=0.5), 0.75 * h(1) + 0.25 * h(-1) - 2),
     ("inpo", dict(eta=0.25, tau=0.125), 0.25),
     ("egpo", dict(beta=1.0), (2 - math.log(3)) ** 2),
-    ("cal_dpo", dict(beta=0.25), h(2) + 2),
+    ("cal_dpo", dict(beta=0.125), h(2) + 18),
     ("beta_dpo", dict(beta=0.25, alpha=1.0), h(1)),
     ("aot", dict(beta=0.5), h(1)),
     ("aot", dict(beta=0.5, label_smoothing=0.1), 0.9 * h(1) + 0.1 * h(-1)),
@@ -111,6 +111,26 @@ def test_worked_by_hand(name, given, value):
     objective = preference_loss(**tensors(PAIR | EXTRA), loss_type=name, **given)
     assert objective.unit == "pair"
     assert_close(objective.loss, torch.tensor([value], dtype=torch.float64))
+
+
+REWARDS = [
+    ("sigmoid", dict(beta=0.5), 0.5, -0.5),
+    ("ipo", dict(beta=0.5), 0.25, -1 / 6),
+    ("fdpo_forward_kl", dict(beta=0.5), -0.5 / E, -0.5 * E),
+    ("slic", {}, -2.0, -6.0),
+    ("cpo", dict(beta=0.5), -1.0, -3.0),
+    ("orpo", dict(beta=0.5), -0.5, -1.0),
+    ("inpo", dict(eta=0.25, tau=0.125), 3 / 16, -3 / 16),  # anchors -2.75 and -5.25
+    ("beta_dpo", dict(beta=0.25, alpha=1.0), 0.5, -0.5),
+]
+
+
+@pytest.mark.parametrize("name, given, chosen, rejected", REWARDS)
+def test_implicit_rewards_by_hand(name, given, chosen, rejected):
+    metrics = preference_loss(**tensors(PAIR | EXTRA), loss_type=name, **given).metrics
+    wanted = dict(chosen=chosen, rejected=rejected, margins=chosen - rejected, accuracies=1.0)
+    found = {name.removeprefix("rewards/"): x.item() for name, x in metrics.items()}
+    assert found == pytest.approx(wanted)
 
 
 def test_every_loss_has_a_case():
@@ -208,13 +228,15 @@ def test_a_loss_reads_what_it_says(name):
 
 
 def test_gradients_in_the_divergences():
-    """TDPO1 has them on both sides, TDPO2 on the rejected one alone; WPO's weight has none."""
+    """TDPO1 has them on both sides, TDPO2 on the rejected one alone; WPO's weight and the margins
+    of beta-DPO have none."""
     found = {}
-    for name in ("tdpo1", "tdpo2", "wpo"):
+    for name in ("tdpo1", "tdpo2", "wpo", "beta_dpo"):
         given = {k: v.requires_grad_() for k, v in tensors(PAIR | EXTRA).items()}
         preference_loss(**given, loss_type=name).loss.sum().backward()
         found[name] = [k for k in SCORED if given[k].grad is not None and given[k].grad != 0]
-    assert found == {"tdpo1": ["chosen_kl", "rejected_kl"], "tdpo2": ["rejected_kl"], "wpo": []}
+    both = ["chosen_kl", "rejected_kl"]
+    assert found == {"tdpo1": both, "tdpo2": both[1:], "wpo": [], "beta_dpo": []}
 
 
 def test_aot_sorts_the_batch():

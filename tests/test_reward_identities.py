@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from prefuse.kernels.objective import Mean
 from prefuse.kernels.preference import preference_loss
 from prefuse.kernels.reward import (
     all_pairs,
@@ -104,8 +105,8 @@ def test_a_flipped_label_is_a_swapped_pair():
 def test_secrets_two_needs_margin_and_preference_alone():
     """Flip below, smooth in the middle, adaptive margin above: as the docstring composes them."""
     chosen, rejected = draw(3, scale=1), draw(3, scale=1)
-    ensemble = torch.tensor([[-2.0, 0.5, 3.0], [-1.0, -0.5, 5.0]], requires_grad=True)
-    strength, std = vote_strength(ensemble, torch.zeros(2, 3))
+    ensemble = torch.tensor([[-1.0, 1.5, 4.0], [1.0, 1.5, 7.0]], requires_grad=True)
+    strength, std = vote_strength(ensemble, torch.tensor([[1.0], [2.0]]).expand(2, 3))
     assert not strength.requires_grad and not std.requires_grad
     assert_close(strength, torch.tensor([-1.5, 0.0, 4.0]))
     assert_close(std, torch.tensor([0.5, 0.5, 1.0]))
@@ -404,6 +405,28 @@ def test_both_orders_cancel_a_bias_for_a_place():
     assert_close(both_orders(zero + 2, zero, zero, zero + 2), torch.full((3,), 0.5))
     p = both_orders(zero + 3, zero, zero - 1, zero)
     assert_close(p, (torch.sigmoid(zero + 3) + torch.sigmoid(zero - 1)) / 2)
+
+
+def test_metrics_by_hand():
+    """A tie is half right, what is absent or not rated counts nowhere."""
+    rewards = torch.tensor([[3.0, 1.0, 1.0, 9.0], [1.0, 2.0, 3.0, 4.0]])
+    quality = torch.tensor([[2.0, 1.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
+    present = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    for loss in (k_wise, all_pairs):
+        found = loss(rewards, quality, present).metrics["rewards/accuracies"]
+        assert_close(found, Mean(torch.tensor(2.5 / 3), torch.tensor(1)))
+    off = regression(
+        torch.tensor([[1.0, 2.0], [5.0, 0.0], [7.0, 7.0]]),
+        torch.tensor([[0.0, 4.0], [5.5, 9.0], [0.0, 0.0]]),
+        torch.tensor([[True, True], [True, False], [False, False]]),
+    ).metrics["rewards/absolute_error"]
+    assert_close(off, Mean(torch.tensor(1.5 + 0.5), torch.tensor(2)))
+    costs = cost(
+        *(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0])),
+        *(torch.tensor([True, False]), torch.tensor([False, True])),
+    ).metrics
+    assert costs["costs/accuracies"].tolist() == [1, 0]
+    assert costs["costs/sign_accuracies"].tolist() == [0.5, 1]
 
 
 # Users and embeddings

@@ -64,6 +64,17 @@ def test_worked_by_hand(name, options, wanted):
     assert found.unit == "token" and found.count == 2
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_metrics_by_hand(name):
+    """Values 0.75 and -2, or 1/4 twice: the mean of bins at -1/2 and 1/2 by 1/4 and 3/4."""
+    found = {k: (x.total, x.count) for k, x in LOSSES[name](**tensors(name)).metrics.items()}
+    sums = (0.5, 1 / 16 + 1 / 16) if name == "value_hl_gauss" else (-1.25, 1 / 16 + 4)
+    wanted = {"values/mean": (sums[0], 2), "values/squared_error": (sums[1], 2)}
+    if name == "value_clipped":
+        wanted |= {"clip_ratio/value": (2, 2)}
+    assert found == {k: pytest.approx(pair) for k, pair in wanted.items()}
+
+
 def test_every_loss_has_a_case():
     assert {name for name, *_ in CASES} == set(LOSSES)
 
