@@ -38,7 +38,9 @@ BY_HAND = {
     ),
     # shares 1/4, 1/2, 1/4 and, with one token left of the second, all to it
     "attention_credit": (
-        lambda: credit.attention_credit(REWARDS, exact([7.0, 1, 2, 1, 3, 9]), CU, TOKENS, beta=0.5),
+        lambda: credit.attention_credit(
+            REWARDS, exact([0.5, 0.1, 0.2, 0.1, 0.3, 0.6]), CU, TOKENS, beta=0.5
+        ),
         [0, 1.25, 2.5, 1.25 + 5, -2, -2],
     ),
     "attention_credit zero": (
@@ -73,6 +75,10 @@ BY_HAND = {
     "ngram_steps": (
         lambda: credit.ngram_steps(bounds([5, 0, 2, 1]), 8, size=2).double(),
         [0, 2, 4, 5, 7, 8],
+    ),
+    "ngram_steps of three": (
+        lambda: credit.ngram_steps(bounds([5, 0, 2, 4]), 11, size=3).double(),
+        [0, 3, 5, 7, 10, 11],
     ),
     "ngram_steps of nothing": (lambda: credit.ngram_steps(bounds([0]), 0, size=2).double(), [0]),
     # falling in the first two; the third is likelier than what another sequence ended with
