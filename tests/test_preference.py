@@ -183,10 +183,12 @@ def test_the_sign_where_policy_and_reference_agree(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_extreme_log_ratios_stay_finite(name):
-    """Log-ratios of +-80, in float32, in all four combinations."""
-    ratios = torch.tensor([[80.0, 80, -80, -80], [80, -80, 80, -80]])
-    logps = torch.full((2, 4), -100.0, requires_grad=True)
+@pytest.mark.parametrize("size", [80.0, 2000.0])
+def test_extreme_log_ratios_stay_finite(name, size):
+    """Log-ratios of either sign, in float32, in all four combinations; long completions have them
+    beyond what an exponential holds."""
+    ratios = size * torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1]])
+    logps = torch.full((2, 4), -20 - size, requires_grad=True)
     ref = logps.detach() - ratios
     extra = {name: torch.full((4,), 5.0 if name in LENGTHS else 0.75) for name in EXTRA}
     loss = preference_loss(*logps, *ref, loss_type=name, **extra).loss
