@@ -88,8 +88,9 @@ def test_the_shift_is_detached_and_kto_keeps_it_positive(name, values):
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_implicit_rewards_by_hand(name):
     options = {"tau" if name == "dro_v" else "beta": 0.25}
-    rewards = unpaired_loss(**singles(), loss_type=name, **options).metrics["rewards"]
-    assert rewards.tolist() == [0.25, -0.25]
+    given = singles() | dict(logp=torch.tensor([-1.0, -6.0], dtype=torch.float64))
+    rewards = unpaired_loss(**given, loss_type=name, **options).metrics["rewards"]
+    assert rewards.tolist() == [0.5, -0.25]
 
 
 def test_the_optimal_value_is_a_soft_maximum():
