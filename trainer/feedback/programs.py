@@ -59,21 +59,42 @@ def _tests(given: Any) -> list | None:
         except json.JSONDecodeError:
             pass  # Python that begins with a bracket
     if isinstance(given, dict) and {"inputs", "outputs"} <= given.keys():
+        _reads_and_prints(given)
         pairs = zip(given["inputs"], given["outputs"], strict=True)
-        return [{"input": i, "output": o} for i, o in pairs]
+        given = [{"input": i, "output": o} for i, o in pairs]
     if isinstance(given, dict):
         given = [given]
     if isinstance(given, str):
         return [given]
     if given is None or not len(given):
         return None
-    for test in given:
-        if not isinstance(test, str) and not {"input", "output"} <= set(test):
-            raise UserError(
-                "code: wanted tests of Python text or {'input', 'output'}; got "
-                f"{str(test)[:60]!r}"
-            )
-    return list(given)
+    return [test if isinstance(test, str) else _of_text(test) for test in given]
+
+
+def _of_text(test: dict) -> dict[str, str]:
+    """An input and an output, which may be lists of lines."""
+    if not {"input", "output"} <= set(test):
+        raise UserError(
+            f"code: wanted tests of Python text or {{'input', 'output'}}; got {str(test)[:60]!r}"
+        )
+    _reads_and_prints(test)
+    told = {}
+    for name in ("input", "output"):
+        lines = test[name] if isinstance(test[name], (list, tuple)) else [test[name]]
+        if not all(isinstance(line, (str, int, float)) for line in lines):
+            raise UserError(f"code: wanted {name} as text or lines; got {str(test[name])[:60]!r}")
+        told[name] = "\n".join(map(str, lines))
+    return told
+
+
+def _reads_and_prints(test: dict) -> None:
+    """APPS and LiveCodeBench have tests of a function too, whose input is its arguments."""
+    if test.get("fn_name") or test.get("testtype") == "functional":
+        raise UserError(
+            "code: wanted tests of a program that reads and prints; got arguments of a function "
+            f"({str(test.get('fn_name') or 'testtype functional')[:60]}). Write them as Python, "
+            "as in assert f(1) == 2"
+        )
 
 
 def _score(text: str, tests: list | None, *, timeout: float, memory: int) -> float | None:
