@@ -44,6 +44,65 @@ def test_the_column_answer_serves_too_and_a_missing_one_is_named():
         code([ADD], [[{"in": "1"}]])
 
 
+def test_lines_and_numbers_are_text_and_arguments_of_functions_are_refused():
+    assert code([ECHO], [{"inputs": [["2", "3", "4"], 0], "outputs": [7, ["0"]]}]) == [1.0]
+    for tests in (
+        {"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"},
+        [{"input": "1\n2", "output": "3", "testtype": "functional"}],
+    ):
+        with pytest.raises(UserError, match="got arguments of a function"):
+            code([ADD], [tests])
+    with pytest.raises(UserError, match="wanted input as text or lines"):
+        code([ADD], [[{"input": {"a": 1}, "output": "3"}]])
+
+
+SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1", "output": "2"}]
+PROGRAMS = {
+    "open(0)": "print(sum(map(int, open(0).read().split())))",
+    "a descriptor": "import os\nn = sum(map(int, os.read(0, 99).split()))\nos.write(1, b'%d' % n)",
+    "fileno": "import sys, os\nprint(sum(map(int, os.read(sys.stdin.fileno(), 99).split())))",
+    "buffers": "import sys\nn = sum(map(int, sys.stdin.buffer.read().split()))\n"
+    "sys.stdout.buffer.write(b'%d' % n)",
+    "exit": "print(sum(map(int, input().split())))\nexit()\nprint(1)",
+    "closed": "import sys\nprint(sum(map(int, input().split())))\nsys.stdout.close()\n"
+    "sys.stdin.close()",
+    "a thread left running": "import threading, time\ndef main():\n time.sleep(0.1)\n"
+    " print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
+    "atexit": "import atexit\natexit.register(lambda: print(sum(map(int, input().split()))))",
+    "asyncio": "import asyncio\nasync def main(): print(sum(map(int, input().split())))\n"
+    "asyncio.run(main())",
+    "a class that is looked up": "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))\n"
+    "print(sum(map(int, input().split())))",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_may_read_and_print_and_end_as_programs_do(name):
+    assert run(PROGRAMS[name], SUM) == [True, True]
+
+
+def test_annotations_that_are_text_find_their_module():
+    source = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int = 7"
+    )
+    assert run(source, ["assert A().x == 7"]) == [True]
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "import builtins; builtins.exec = lambda *given: None",
+        "import builtins; empty = compile('0', '', 'exec'); builtins.compile = lambda *_: empty",
+        "import builtins; builtins.str = type('S', (str,), {'__eq__': lambda *_: True})",
+        "import __main__; __main__.same_output = lambda *_: True",
+    ],
+)
+def test_a_program_cannot_pass_by_replacing_what_judges_it(trick):
+    assert run(trick, ["assert False", "assert False"]) == [False, False]
+    assert run(trick, SUM) == [False, False]
+
+
 FORGERIES = """
 import sys, os
 for f in (1, 2, 3, 4, 5):
@@ -66,6 +125,8 @@ HOSTILE = {
     "processes": "import subprocess; subprocess.run(['true'])",
     "a shell": "import os; assert os.system('true') == 0",
     "threads of processes": "import multiprocessing as m; p = m.Process(target=print); p.start()",
+    "processes by another door": "import sys\ndel sys.modules['_posixsubprocess']\n"
+    "import _posixsubprocess",
     "a socket": "import socket; socket.socket()",
     "a name": "import socket; socket.getaddrinfo('localhost', 80)",
     "ctypes": "import ctypes; ctypes.CDLL(None).fork()",

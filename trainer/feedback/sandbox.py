@@ -5,11 +5,13 @@ refuses sockets, processes, foreign code and writing outside the folder it start
 accidents and the tricks a policy finds; against people, run the trainer in a container.
 """
 
-import io
+import atexit
+import builtins
 import json
 import os
 import resource
 import sys
+import threading
 import types
 
 REFUSED = (
@@ -34,16 +36,20 @@ REFUSED_TOO = {
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PATHS = ("os.chmod", "os.chown", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
 PATHS_TOO = ("os.utime", "os.setxattr", "os.removexattr", "os.chflags", "os.mkfifo", "os.mknod")
+AF_UNIX = 1  # of asyncio's pair of sockets, which reaches nobody: to connect or bind is refused
 
 
 def limit(seconds, memory):
-    """What the kernel enforces. Root is not held to RLIMIT_NPROC: the hook refuses its forks."""
+    """What the kernel enforces. Root is not held to RLIMIT_NPROC: the hook refuses its forks.
+
+    It counts threads too, those of the user's other processes where there is no user namespace.
+    """
     for kind, most in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, 16 << 20),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_NPROC, 64),
         (resource.RLIMIT_CORE, 0),
     ):
         try:
@@ -63,7 +69,10 @@ def make_hook(root):
         return (realpath(path) + os.sep).startswith(home) or path == os.devnull
 
     def hook(event, args):
-        if event.startswith(REFUSED) or event in REFUSED_TOO:
+        if event == "socket.__new__" and args[1] == AF_UNIX:
+            return
+        again = event == "import" and args[0] == "_posixsubprocess"  # past the stub in main
+        if event.startswith(REFUSED) or event in REFUSED_TOO or again:
             raise PermissionError(f"{event} is refused here")
         if event == "open" and not isinstance(args[0], int) and args[0] is not None:
             if args[2] & WRITING and not inside(args[0]):
@@ -78,16 +87,48 @@ def make_hook(root):
     return hook
 
 
-def run_program(code, stdin):
-    """What the program prints, given its input."""
-    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()))
-    sys.stdout = io.TextIOWrapper(io.BytesIO())
+def own_module(name):
+    """The names of a module for the program to stand in, where dataclasses and pickle look."""
+    module = sys.modules[name] = types.ModuleType(name)
+    return vars(module)
+
+
+def unnamed_file():
+    """The descriptor of a file that no path leads to."""
+    descriptor = os.open("file", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.unlink("file")
+    return descriptor
+
+
+def run_program(code, stdin, files, exec=exec):
+    """What the program prints, given its input: by true files, for programs that use descriptors.
+
+    exec: Python's own, though a program before may have put another in its place.
+    """
+    for number, (descriptor, text) in enumerate(zip(files, (stdin, ""), strict=True)):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.dup2(descriptor, number)
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
+    out = sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
     try:
-        exec(code, {"__name__": "__main__"})
+        exec(code, own_module("__main__"))
     except SystemExit:
         pass
-    sys.stdout.flush()
-    return sys.stdout.buffer.getvalue().decode()
+    end_program()
+    for file in (sys.stdout, out):
+        if not file.closed:
+            file.flush()
+    return os.pread(files[1], os.fstat(files[1]).st_size, 0).decode()
+
+
+def end_program():
+    """What the interpreter does when a program has come to its end."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
 
 
 def same_output(wanted, got):
@@ -105,23 +146,36 @@ def main():
     sys.modules["_posixsubprocess"] = stub
     vars(stub)["fork_exec"] = None
     limit(job["seconds"], job["memory"])
+    builtins.exit = builtins.quit = sys.exit  # -S leaves them out
+    files = unnamed_file(), unnamed_file()
     sys.addaudithook(make_hook(os.getcwd()))
     code = compile(job["code"], "completion.py", "exec")
-    tests, nonce, write, dumps = job["tests"], job["nonce"], os.write, json.dumps
+    tests = [compiled(number, test) for number, test in enumerate(job["tests"])]
+    nonce, write, dumps, run = job["nonce"], os.write, json.dumps, exec
     namespace = None
     for number, test in enumerate(tests):
         try:
             if isinstance(test, dict):
-                passed = same_output(str(test["output"]), run_program(code, str(test["input"])))
+                passed = same_output(test["output"], run_program(code, test["input"], files))
             else:
                 if namespace is None:
-                    namespace = {"__name__": "completion"}
-                    exec(code, namespace)
-                exec(compile(test, f"test_{number}.py", "exec"), namespace)
+                    namespace = own_module("completion")
+                    run(code, namespace)
+                run(test, namespace)
                 passed = True
         except Exception:
             passed = False
         write(report, (dumps([nonce, number, passed]) + "\n").encode())
+
+
+def compiled(number, test):
+    """A test of Python as code, before the program can touch what compiles."""
+    if isinstance(test, dict):
+        return test
+    try:
+        return compile(test, f"test_{number}.py", "exec")
+    except (SyntaxError, ValueError):
+        return compile("raise SyntaxError", "", "exec")
 
 
 if __name__ == "__main__":
