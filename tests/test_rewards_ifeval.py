@@ -152,6 +152,16 @@ def test_shares_unknown_kinds_and_the_loose_form():
     assert ifeval(*given) == [0.0] and ifeval(*given, loose=True) == [1.0]
 
 
+@pytest.mark.parametrize("text", ["one, line", "*one*, line", "a, b\nc, d"])
+def test_what_is_left_of_a_text_without_its_lines_follows_nothing(text):
+    assert ifeval([text], [["punctuation:no_comma"]], [[{}]], loose=True) == [0.0]
+
+
+def test_a_placeholder_stands_in_one_line():
+    arguments = [[{"num_placeholders": 1}]]
+    assert ifeval(["[a\nb]"], [["detectable_content:number_placeholders"]], arguments) == [0.0]
+
+
 def test_a_row_without_instructions_does_not_apply():
     assert ifeval(["a", "b"], [None, ["punctuation:no_comma"]], [None, [{}]]) == [None, 1.0]
 
@@ -159,6 +169,9 @@ def test_a_row_without_instructions_does_not_apply():
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="no_comma: wanted other kwargs"):
         ifeval(["a"], [["punctuation:no_comma"]], [[{"relation": "less than"}]])
+    with pytest.raises(UserError, match="wanted 'less than' or 'at least'; got 'at most'"):
+        given = {"num_words": 3, "relation": "at most"}
+        ifeval(["a"], [["length_constraints:number_words"]], [[given]])
 
 
 def test_without_langdetect_languages_do_not_apply(monkeypatch):

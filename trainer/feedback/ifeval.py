@@ -59,13 +59,17 @@ def _follows(text: str, instruction: str, arguments: dict, loose: bool) -> bool 
 
 
 def _versions(text: str) -> list[str]:
+    """With and without the first line, the last line and asterisks; nothing follows nothing."""
     lines = text.split("\n")
     cut = [text, "\n".join(lines[1:]), "\n".join(lines[:-1]), "\n".join(lines[1:-1])]
-    return [version.strip() for whole in cut for version in (whole, whole.replace("*", ""))]
+    versions = [version.strip() for whole in cut for version in (whole, whole.replace("*", ""))]
+    return [version for version in versions if version] or [text]
 
 
-def _compare(count: int, relation: str | None, wanted: int) -> bool:
+def _compare(count: int, relation: str, wanted: int) -> bool:
     """The data's two relations."""
+    if relation not in ("less than", "at least"):
+        raise UserError(f"ifeval: relation: wanted 'less than' or 'at least'; got {relation!r}")
     return count < wanted if relation == "less than" else count >= wanted
 
 
@@ -194,7 +198,7 @@ CHECKS: dict[str, Callable[..., bool | None]] = {
     ),
     "combination:two_responses": _responses,
     "detectable_content:number_placeholders": lambda t, num_placeholders: (
-        len(re.findall(r"\[[^\[\]]*\]", t)) >= num_placeholders
+        len(re.findall(r"\[[^\[\]\n]*\]", t)) >= num_placeholders
     ),
     "detectable_content:postscript": _postscript,
     "detectable_format:constrained_response": lambda t: any(o in t for o in OPTIONS),
