@@ -1,6 +1,7 @@
 """IFEval's instructions: each is followed by one text and not by another."""
 
 import sys
+import time
 
 import pytest
 from tiny import needs
@@ -133,6 +134,15 @@ def told_by_languages(instruction: str) -> bool:
 def test_an_instruction_is_followed_or_not(instruction, arguments, good, bad):
     arguments = {**arguments, "not_its_own": None}  # tables store every argument, most as None
     assert ifeval([good, bad, ""], [[instruction]] * 3, [[arguments]] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_blank_lines_without_end_are_read_in_no_time():
+    ids = ["detectable_format:number_bullet_lists", "detectable_content:postscript"]
+    arguments = [{"num_bullets": 1}, {"postscript_marker": "P.S."}]
+    text = " \n" * 50_000 + " * one"
+    started = time.monotonic()
+    assert ifeval([text], [ids], [arguments]) == [0.5]
+    assert time.monotonic() - started < 2
 
 
 def test_every_kind_has_a_case():

@@ -151,16 +151,15 @@ def _highlights(text: str, num_highlights: int) -> bool:
 
 
 def _bullets(text: str, num_bullets: int) -> bool:
-    stars = re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == num_bullets
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
     marker = postscript_marker.strip().lower()
-    spelled = {"p.p.s": r"\s*p\.\s?p\.\s?s.*$", "p.s.": r"\s*p\.\s?s\..*$"}
-    pattern = spelled.get(marker, rf"\s*{re.escape(marker)}.*$")
-    return re.search(pattern, text.lower(), re.MULTILINE) is not None
+    spelled = {"p.p.s": r"p\.\s?p\.\s?s", "p.s.": r"p\.\s?s\."}
+    return re.search(spelled.get(marker, re.escape(marker)), text.lower()) is not None
 
 
 def _json(text: str) -> bool:
