@@ -168,6 +168,43 @@ def test_no_server_at_all_is_told():
         engine("localhost:8000")
 
 
+def test_a_refusal_is_told_while_another_request_hangs():
+    over = threading.Event()
+
+    def answer(body):
+        if body["prompt"][0] == 2:
+            over.wait(30)
+            return 503, {}
+        return 401, {"error": "no such key"}
+
+    before = {thread.name for thread in threading.enumerate()}
+    with server(answer) as (url, seen):
+        started = time.monotonic()
+        with pytest.raises(UserError, match="status 401"):
+            engine(url, max_concurrency=2).generate(prompts_of(2, 3, 4, 5), 1, SAMPLING, range(4))
+        assert time.monotonic() - started < 10
+        mine = [t for t in threading.enumerate() if t.name not in before and "_work" in t.name]
+        assert all(thread.daemon for thread in mine)
+        over.set()
+    assert len(seen["bodies"]) <= 3
+
+
+def test_a_redirect_is_not_followed_with_the_key():
+    with server(with_ids) as (elsewhere, seen):
+        with server(lambda body: (302, {})) as (url, _), pytest.MonkeyPatch.context() as patch:
+            send = BaseHTTPRequestHandler.end_headers
+
+            def end_headers(handler):
+                if handler.server.server_port == int(url.split(":")[2].split("/")[0]):
+                    handler.send_header("Location", elsewhere + "/completions")
+                send(handler)
+
+            patch.setattr(BaseHTTPRequestHandler, "end_headers", end_headers)
+            with pytest.raises(UserError, match="refuses: status 302"):
+                engine(url, api_key="secret").generate(prompts_of(2), 1, SAMPLING, [0])
+    assert seen["bodies"] == []
+
+
 def test_text_is_tokenized_anew_where_asked():
     def answer(body):
         assert body.keys() <= {"model", "prompt", "max_tokens", "temperature", "top_p", "seed"}

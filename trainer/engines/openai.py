@@ -6,16 +6,18 @@ rollouts; `update_weights` refuses.
 
 from __future__ import annotations
 
+import concurrent.futures as futures
 import http.client
 import json
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +29,16 @@ from ..rollout import Completion, Sampling, check_request, context_of
 from .noise import stream
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may pass by themselves
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
 
 
 class OpenAIEngine:
@@ -57,13 +69,15 @@ class OpenAIEngine:
     ):
         if not base_url.startswith(("http://", "https://")):
             raise UserError(f"base_url: wanted http://HOST:PORT/v1; got {base_url}")
+        if max_concurrency < 1:
+            raise UserError(f"max_concurrency: wanted 1 or more; got {max_concurrency}")
         self.url = base_url.rstrip("/") + "/completions"
         self.served_model, self.tokenizer = served_model, tokenizer
         self.api_key = api_key or os.environ.get("OPENAI_API_KEY")
         self.retokenize, self.logprobs = retokenize, logprobs
         self.timeout, self.max_retries, self.backoff = timeout, max_retries, backoff
         self.context, self.warn = context_of(model), warn
-        self.pool = ThreadPoolExecutor(max_concurrency, "rollout")
+        self.max_concurrency = max_concurrency
         self.counts: Counter[str] = Counter()
 
     def generate(
@@ -174,14 +188,34 @@ class OpenAIEngine:
         return sorted(choices, key=lambda c: c.get("index", 0))
 
     def _ask(self, bodies: list[dict]) -> list[dict]:
-        """Answers in order; the first failure cancels what has not begun."""
-        futures = [self.pool.submit(self._post, body) for body in bodies]
+        """Answers in order. The first failure is told at once: what has not begun is not asked,
+        what has is left behind in its daemon thread, which keeps no program from ending."""
+        answers: list[futures.Future] = [futures.Future() for _ in bodies]
+        todo: queue.SimpleQueue = queue.SimpleQueue()
+        for job in zip(answers, bodies, strict=True):
+            todo.put(job)
+        for _ in range(min(self.max_concurrency, len(bodies))):
+            threading.Thread(target=self._work, args=(todo,), daemon=True).start()
         try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+            futures.wait(answers, return_when=futures.FIRST_EXCEPTION)
+            failed = [a for a in answers if a.done() and a.exception() is not None]
+            return [answer.result() for answer in failed or answers]
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    def _work(self, todo: queue.SimpleQueue) -> None:
+        while not todo.empty():
+            try:
+                answer, body = todo.get_nowait()
+            except queue.Empty:
+                return
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                answer.set_result(self._post(body))
+            except BaseException as error:
+                answer.set_exception(error)
 
     def _post(self, body: dict) -> dict:
         headers = {"Content-Type": "application/json"}
@@ -191,13 +225,13 @@ class OpenAIEngine:
         for attempt in range(self.max_retries + 1):
             wait = self.backoff * 2**attempt
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                with OPENER.open(request, timeout=self.timeout) as answer:
                     found = json.load(answer)
                 if isinstance(found, dict):
                     return found
                 problem = f"its answer is no JSON object: {_short(found)}"
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {_short(error.read().decode(errors='replace'))}"
+                problem = f"status {error.code}: {_short(_read(error))}"
                 if error.code not in AGAIN:
                     raise UserError(f"{self.url} refuses: {problem}") from error
                 after = error.headers.get("Retry-After", "")
@@ -219,7 +253,14 @@ class OpenAIEngine:
         )
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        pass
+
+
+def _read(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _short(value: Any) -> str:

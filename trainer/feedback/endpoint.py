@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..engines.openai import AGAIN
+from ..engines.openai import AGAIN, OPENER
 from ..errors import UserError
 from .cache import Cache, key_of
 
@@ -38,16 +38,6 @@ class _Again(Exception):
     def __init__(self, problem: str, wait: float = 0.0):
         super().__init__(problem)
         self.wait = wait
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class Chat:
