@@ -223,8 +223,34 @@ def test_a_cache_spares_calls_and_forgets_with_the_source(tmp_path):
     np.testing.assert_array_equal(run(other, ["2", "2", "4", "4"]), [2, math.nan, 2, 1])
     assert calls[2:] == [COMPLETIONS]
     (tmp_path / "not.sqlite").write_text("hello" * 1000)
-    with pytest.raises(UserError, match="cache of rewards"):
-        Feedback([equal], cache=tmp_path / "not.sqlite")
+    for path in (tmp_path / "not.sqlite", tmp_path, tmp_path / "not.sqlite" / "below"):
+        with pytest.raises(UserError, match="cache of rewards"):
+            Feedback([equal], cache=path)
+
+
+def test_functions_of_one_source_do_not_share_what_is_remembered(tmp_path):
+    class Scale:
+        def __init__(self, by):
+            self.by = by
+
+        def score(self, completions):
+            return [self.by] * len(completions)
+
+    def made(by):
+        return lambda completions: [by] * len(completions)
+
+    def defaulted(by):
+        def score(completions, *, to=by):
+            return [to] * len(completions)
+
+        return score
+
+    for make in (made, defaulted, lambda by: Scale(by).score):
+        for by in (1.0, 2.0, 1.0):
+            feedback = Feedback([make(by)], cache=tmp_path / "cache.sqlite")
+            assert (
+                feedback(PROMPTS, COMPLETIONS, IDS, {}, INDICES).rewards[:, 0].tolist() == [by] * 4
+            )
 
 
 def test_failures_are_not_cached(tmp_path):

@@ -15,13 +15,13 @@ class Cache:
     """Keys -> JSON values in an sqlite file; several processes may share it."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(path, timeout=60, check_same_thread=False)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(path, timeout=60, check_same_thread=False)
             self.database.execute(
                 "create table if not exists cache (key text primary key, value text)"
             )
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(f"{path}: wanted a cache of rewards or no file; {error}") from None
 
     def get(self, key: str) -> list:

@@ -152,12 +152,27 @@ def _is_async(function: Callable) -> bool:
 
 
 def _version(function: Callable, options: dict[str, Any]) -> str:
-    """A hash of the source and the options, for the cache's keys."""
+    """A hash of the source, the options and what else tells it apart, for the cache's keys."""
     try:
         source = inspect.getsource(function if hasattr(function, "__code__") else type(function))
     except (OSError, TypeError):
         source = repr(getattr(function, "__qualname__", type(function)))
-    return hashlib.sha256(f"{source}\n{options!r}".encode()).hexdigest()[:16]
+    text = f"{source}\n{options!r}\n{_held(function)}"
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+
+
+def _held(function: Any) -> str:
+    """Texts and numbers that two functions of one source may differ in: what they close over, their
+    defaults, what their object has. A list may be one's notes, and other objects tell no value."""
+    plain = getattr(function, "__func__", function)
+    owner = getattr(function, "__self__", None if hasattr(function, "__code__") else function)
+    named = {**(getattr(plain, "__kwdefaults__", None) or {}), **(getattr(owner, "__dict__", {}))}
+    held = list(enumerate(getattr(plain, "__defaults__", None) or ())) + sorted(named.items())
+    try:
+        held += sorted(inspect.getclosurevars(plain).nonlocals.items())
+    except (TypeError, ValueError):
+        pass  # no function, or one with a cell that is still empty
+    return repr([(name, v) for name, v in held if isinstance(v, (str, int, float, bool))])
 
 
 def _options(spec: str, query: str) -> dict[str, Any]:
