@@ -18,6 +18,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -215,6 +216,9 @@ class OpenAIEngine:
             try:
                 answer.set_result(self._post(body))
             except BaseException as error:
+                while not todo.empty():  # nobody waits for the rest
+                    with suppress(queue.Empty):
+                        todo.get_nowait()
                 answer.set_exception(error)
 
     def _post(self, body: dict) -> dict:
