@@ -232,9 +232,18 @@ def test_probe_stops_a_wrong_head(options):
         probe(scorer, torch.device("cpu"))
 
 
-def test_head_options_are_those_of_the_model():
-    """Cohere scales its logits, Granite divides them: the probe would stop a wrong sign."""
-    for family, changes in (("Cohere", {"logit_scale": 0.3}), ("Granite", {"logits_scaling": 3.0})):
-        scorer = scorer_of(tiny_model(family, tie=True, **changes)).eval()
-        assert scorer.options.logit_scale == pytest.approx(0.3, rel=0.2)
-        assert probe(scorer, torch.device("cpu")) < 1e-5
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("HyperCLOVAX", {"logits_scaling": 0.3}),
+        ("FalconH1", dict(lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)),
+    ],
+)
+def test_head_options_are_those_of_the_model(family, changes):
+    """Some scale their logits, some divide them: the probe would stop a wrong sign."""
+    layout = "padded" if family == "FalconH1" else "shared"
+    scorer = scorer_of(tiny_model(family, tie=True, **changes), layout).eval()
+    assert scorer.options.logit_scale == pytest.approx(0.3, rel=0.2)
+    assert probe(scorer, torch.device("cpu")) < 1e-5

@@ -157,9 +157,13 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 def head_options(model: PreTrainedModel) -> HeadOptions:
     """Logit scale and softcap from the model's configuration; the probe checks the result."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return HeadOptions(scale / divisor, getattr(config, "final_logit_softcapping", None))
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1
+        scale *= getattr(config, name, None) or 1.0
+    factor = getattr(config, "logits_scaling", None) or 1.0
+    # Granite and MiniCPM3 divide by what HyperCLOVA X multiplies by
+    scale = scale * factor if config.model_type == "hyperclovax" else scale / factor
+    return HeadOptions(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def can_share_prefixes(model: PreTrainedModel, longest: int) -> str | None:
