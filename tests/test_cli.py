@@ -90,6 +90,7 @@ def assert_told(result: tuple[object, str], *wanted: str) -> None:
         (["--num_train_epochs", "0"], "--num_train_epochs: wanted a positive number"),
         (["--max_length", "1"], "--max_length: wanted 2 or more; got 1"),
         (["--loss_type", "sigmoyd"], "--loss_type: wanted one of sigmoid, sigmoid_norm, robust"),
+        (["--loss_type", "DPO"], "got DPO; did you mean sigmoid?"),
         (["--loss_type", "xpo"], "--loss_type xpo: it reads explored of every pair"),
         (["--loss_type", "aot"], "--loss_type aot: it compares the pairs of the whole batch"),
         (["--ref_model_mixup_alpha", "0"], "--ref_model_mixup_alpha: wanted a number in (0, 1]"),
@@ -118,6 +119,7 @@ def test_required_flags(capsys):
         (["train", "--method", "dpo"], "train: wanted a YAML file first; got --method"),
         (["train", "absent.yaml"], "absent.yaml: no such file"),
         (["methods", "sigmoyd"], "sigmoyd: no such loss; did you mean sigmoid?"),
+        (["methods", "dpo"], "dpo: no such loss; did you mean sigmoid?"),
     ],
 )
 def test_wrong_commands(argv, wanted, capsys):

@@ -175,7 +175,7 @@ def _report(rest: list[str]) -> None:
 def _methods(rest: list[str]) -> None:
     """Prints the losses, or one of them whole."""
     from . import methods
-    from .flags import nearest
+    from .loss_flags import nearest_loss
 
     if not rest:
         print(methods.listing())
@@ -184,7 +184,7 @@ def _methods(rest: list[str]) -> None:
     elif rest[0] in methods.NAMES:
         print(methods.explain(rest[0]))
     else:
-        raise UserError(f"{rest[0]}: no such loss{nearest(rest[0], methods.NAMES)}")
+        raise UserError(f"{rest[0]}: no such loss{nearest_loss(rest[0], methods.NAMES)}")
 
 
 if __name__ == "__main__":

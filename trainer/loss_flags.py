@@ -20,6 +20,7 @@ from prefuse.kernels.preference import (
     unpaired_loss,
 )
 from prefuse.kernels.preference_parts import Labelled
+from prefuse.kernels.registry import ADVANTAGES, METHODS
 
 from . import reward
 from .config import DPOConfig, KTOConfig, RewardConfig
@@ -79,7 +80,7 @@ def take(config: Any, losses: Losses, values: argparse.Namespace) -> None:
     """The chosen loss's hyperparameters, defaults filled in; any other that was given is wrong."""
     loss_type = config.loss_type
     if loss_type not in losses.table:
-        hint = nearest(loss_type, losses.table)
+        hint = nearest_loss(loss_type, losses.table)
         wanted = ", ".join(losses.table)
         raise UserError(f"--loss_type: wanted one of {wanted}; got {loss_type}{hint}")
     own = hyperparameters(losses.table[loss_type])
@@ -108,6 +109,13 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
     best = max(known, key=likeness, default="")
     return f"; did you mean {prefix}{best}?" if best and likeness(best) >= 0.6 else ""
+
+
+def nearest_loss(name: str, known: Iterable[str]) -> str:
+    """The same for losses, of which some are known by another name: DPO's is sigmoid."""
+    titles = {m.title.lower(): m.name for m in (*METHODS.values(), *ADVANTAGES.values())}
+    other = titles.get(name.lower(), "")
+    return f"; did you mean {other}?" if other in known else nearest(name, known)
 
 
 def _check_pair_loss(
