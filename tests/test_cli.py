@@ -119,6 +119,8 @@ def test_required_flags(capsys):
         (["train", "--method", "dpo"], "train: wanted a YAML file first; got --method"),
         (["train", "absent.yaml"], "absent.yaml: no such file"),
         (["methods", "sigmoyd"], "sigmoyd: no such loss; did you mean sigmoid?"),
+        (["estimate", "dppo"], "wanted a command or a FILE.yaml first; got dppo; did you mean"),
+        (["estimate", "--world_size", "8"], "wanted a command or a FILE.yaml first; got nothing"),
         (["methods", "dpo"], "dpo: no such loss; did you mean sigmoid?"),
     ],
 )

@@ -149,12 +149,9 @@ def _demo(rest: list[str]) -> None:
 
 
 def _verify_resume(rest: list[str]) -> None:
-    from .flags import CONFIGS, from_file, nearest, parse
+    from .flags import CONFIGS, command_or_file, parse
 
-    if not rest or rest[0] not in CONFIGS and not rest[0].endswith((".yaml", ".yml")):
-        got = rest[0] + nearest(rest[0], CONFIGS) if rest else "nothing"
-        raise UserError(f"verify-resume: wanted a command or a FILE.yaml first; got {got}")
-    command, argv = (rest[0], rest[1:]) if rest[0] in CONFIGS else from_file(rest)
+    command, argv = command_or_file("verify-resume", rest)
     config = parse(CONFIGS[command], argv)
     from .verify_resume import verify_resume
 

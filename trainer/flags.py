@@ -140,6 +140,16 @@ def from_file(rest: list[str]) -> tuple[str, list[str]]:
     return method, _flags_of(values, CONFIGS[method], rest[1:]) + rest[1:]
 
 
+def command_or_file(asker: str, rest: list[str]) -> tuple[str, list[str]]:
+    """The command and the flags of `prefuse ASKER COMMAND ...` or `prefuse ASKER FILE.yaml ...`."""
+    if rest and rest[0] in CONFIGS:
+        return rest[0], rest[1:]
+    if not rest or not rest[0].endswith((".yaml", ".yml")):
+        got = rest[0] + nearest(rest[0], CONFIGS) if rest else "nothing"
+        raise UserError(f"{asker}: wanted a command or a FILE.yaml first; got {got}")
+    return from_file(rest)
+
+
 def _read_yaml(file: str, config: type | None = None) -> dict[str, Any]:
     """Keys and values; with `config`, every key must be one of its flags."""
     path = Path(file)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import flag, require
 from ..errors import UserError
-from ..flags import CONFIGS, ONLINE, from_file, parse
+from ..flags import CONFIGS, ONLINE, command_or_file, parse
 
 USAGE = """usage: prefuse estimate COMMAND [--flag value ...]
        prefuse estimate FILE.yaml [--flag value ...]
@@ -81,7 +81,7 @@ def estimate_command(argv: list[str]) -> None:
     from .work import uniform
 
     options, rest = split(argv)
-    command, *flags = rest if rest[0] in CONFIGS else _of_file(rest)
+    command, flags = command_or_file("estimate", rest)
     given = {a[2:].split("=")[0].replace("-", "_") for a in flags if a.startswith("--")}
     for needed in ("dataset_name", "output_dir"):  # which an estimate does not
         flags += [] if needed in given or "config" in given else [f"--{needed}=none"]
@@ -93,11 +93,6 @@ def estimate_command(argv: list[str]) -> None:
     work = lambda c: uniform(c, row, prompt)  # noqa: E731
     run = Run(config, model_config(config), device, options.world_size, work)
     print(told(run, estimate(run)))
-
-
-def _of_file(rest: list[str]) -> list[str]:
-    command, flags = from_file(rest)
-    return [command, *flags]
 
 
 def lengths(config, options: PlanConfig, command: str) -> tuple[int, int]:
