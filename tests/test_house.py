@@ -54,6 +54,23 @@ def test_kernels_import_without_triton_and_extension():
     subprocess.run([sys.executable, "-c", code, *names], check=True, cwd="/")
 
 
+def test_an_extra_installs_what_the_code_imports():
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1]
+    code = "".join(p.read_text() for x in ("kernels", "trainer") for p in ROOT.glob(f"{x}/**/*.py"))
+    for line in extras.split("\n\n")[0].splitlines():
+        extra, packages = line.split(" = ")
+        if extra not in ("dev", "peers"):
+            for name in re.findall(r"[\w-]+", packages):
+                assert re.search(rf"(import|from) [\w.]*{name.replace('-', '_')}", code), name
+
+
+def test_the_source_distribution_is_the_repository():
+    """Without them it had the tests alone, and none of the files that these read."""
+    manifest = (ROOT / "MANIFEST.in").read_text()
+    for folder in ("benchmarks", "docs", "recipes", "tests"):
+        assert f"graft {folder}\n" in manifest
+
+
 def test_the_readme_shows_a_loss_as_it_is():
     block = next(x for x in (ROOT / "README.md").read_text().split("```") if "def hinge" in x)
     assert block.removeprefix("python\n") in (ROOT / "kernels" / "pair_losses.py").read_text()
