@@ -144,6 +144,19 @@ def test_no_layout_or_split_changes_the_gradient(loss_type):
         assert_same_gradients(found, wanted_gradients, 1e-11)
 
 
+def test_held_out_rows_have_one_z0():
+    """However many of them fit a batch, of which one alone would have no partner."""
+    (wanted, _), _ = oracle("kto")
+    scorer, frozen = models("shared", ALONE)
+    reference = objectives.live_reference(frozen.requires_grad_(False))
+    method = kto.method(reference, examples_of("kto"), "kto", OPTIONS["kto"], ALONE)
+    for size in (9, 2, 1):
+        config = config_of(per_device_eval_batch_size=size)
+        found = loop.evaluate(config, method, scorer, examples_of("kto"), ALONE)
+        assert_close(found["eval_loss"], wanted, rtol=1e-12, atol=0)
+        assert found["eval_mismatched"] == 1
+
+
 @pytest.mark.parametrize(
     "prompts, wanted",
     [

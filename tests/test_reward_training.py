@@ -184,6 +184,17 @@ def test_no_layout_or_split_changes_the_gradient(loss_type):
         assert_same_gradients(found, wanted_gradients, 1e-11)
 
 
+def test_held_out_pairs_are_correlated_together():
+    """As ODIN's loss of them all, however many fit a batch."""
+    method = reward.method("odin", {}, ALONE, 2)
+    wanted, _ = oracle("odin")
+    for size in (9, 2):
+        config = config_of("unused", per_device_eval_batch_size=size)
+        scorer = scorer_of("odin", "shared")
+        found = loop.evaluate(config, method, scorer, examples_of("odin"), ALONE)
+        assert_close(found["eval_loss"], wanted, rtol=1e-12, atol=0)
+
+
 def test_the_score_is_read_at_the_last_real_token():
     """At the last token that is no padding, where transformers looks for it, and never later."""
     tokens = np.array([5, 7, 0, 9, 0, 0])

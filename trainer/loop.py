@@ -219,11 +219,12 @@ def evaluate(
     meter = Meter(ranks)
     scorer.eval()
     size = config.per_device_eval_batch_size
-    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-    for rows in share_out(batches, ranks):
-        batch = pack(rows, config.layout == "shared").to(ranks.device)
+    rows = [examples[i : i + size] for i in range(0, len(examples), size)]
+    batches = packed(config, share_out(rows, ranks), ranks)
+    with autocast(config, ranks):
+        method.before_step(scorer, batches)
+    for batch in batches:
         with autocast(config, ranks):
-            method.before_step(scorer, [batch])
             objective = method.objective(scorer, batch)
         meter.add({"loss": objective.loss, **objective.metrics})
         meter.tokens += batch.n_tokens
