@@ -18,6 +18,7 @@ from prefuse.trainer.config import DPOConfig
 from prefuse.trainer.data import Example
 from prefuse.trainer.dist import Ranks, start
 from prefuse.trainer.errors import UserError
+from prefuse.trainer.feedback.self_signals import Reader
 from prefuse.trainer.report import Meter, Report, claim_folder
 from prefuse.trainer.schedule import Schedule
 from prefuse.trainer.sharding import FULL, Sharding, shard
@@ -168,6 +169,19 @@ def evaluation(folder: Path, split: dict, ranks: Ranks):
     return loop.evaluate(config, objective, scorer, PAIRS, ranks)
 
 
+def read_without_a_gradient(folder: Path, ranks: Ranks):
+    """The parameters before, and after an evaluation and a signal, whose layers are gathered in
+    bfloat16."""
+    scorer, objective = models_of(
+        "dpo", torch.float32, ranks, how=Sharding(param_dtype=torch.bfloat16)
+    )
+    config, found = config_of(folder), [parameters(scorer)]
+    loop.evaluate(config, objective, scorer, PAIRS, ranks)
+    found.append(parameters(scorer))
+    Reader(scorer, None, config, ranks, Meter(ranks)).read([PAIRS[:2]], ("lse",))
+    return [*found, parameters(scorer)]
+
+
 def resumed(folder: Path, split: dict, ranks: Ranks):
     """5 steps of AdamW straight through, and 3 then 2 from the checkpoint in a new model, with a
     reference that has moved once by then."""
@@ -275,6 +289,7 @@ def every_case(folder: Path, ranks: Ranks) -> dict:
     split = next(iter(splits(ranks.world).values()))
     found["bf16"] = mixed_precision(folder / "bf16", split, ranks)
     found["evaluation"] = evaluation(folder / "evaluation", split, ranks)
+    found["read"] = read_without_a_gradient(folder / "read", ranks)
     found["resumed"] = resumed(folder / "resumed", split, ranks)
     found["exported"] = exported(ranks)
     found["not finite"] = one_rank_is_not_finite(folder / "nan", split, ranks)

@@ -144,6 +144,14 @@ def test_evaluation_does_not_depend_on_ranks(found, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_reading_leaves_the_weights_as_they_are(found, world):
+    """Not what they were gathered as, which an export would write."""
+    before, *after = found.results[world]["read"]
+    for name, p in before.items():
+        assert all(torch.equal(read[name], p) for read in after), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_resume_is_straight_through(found, world):
     (losses, weights), (resumed_losses, resumed_weights) = found.results[world]["resumed"]
     assert resumed_losses == losses

@@ -228,6 +228,7 @@ def evaluate(
             objective = method.objective(scorer, batch)
         meter.add({"loss": objective.loss, **objective.metrics})
         meter.tokens += batch.n_tokens
+    reshard(scorer)
     scorer.train()
     values = meter.read()
     values["runtime"] = values["num_tokens"] / values["tokens_per_second"]

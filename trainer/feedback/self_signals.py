@@ -31,6 +31,7 @@ from ..report import Meter
 from ..rollout import context_of
 from ..rows import Row
 from ..scores import Scorer
+from ..sharding import reshard
 from .load import parts
 from .text import shown, texts
 
@@ -58,6 +59,7 @@ class Reader(NamedTuple):
             batch = pack(rows, self.policy.layout == "shared").to(self.ranks.device)
             with autocast(self.config, self.ranks):
                 found.append((self.policy(batch, outputs), batch.score_cu_seqlens))
+        reshard(self.policy)
         return found[: len(batches)]
 
 
