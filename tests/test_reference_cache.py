@@ -166,3 +166,25 @@ def test_ranks_share_a_cache(models, tmp_path):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_ranks_that_read_other_caches(models, tmp_path):
+    """Of their own nodes: one knows 9 of 24 rows, and the other none."""
+    argv = ["dpo", "--model_name_or_path", models["policy"], "--bf16", "false", "--disable_tqdm"]
+    argv += ["--logging_steps", "1", "--max_steps", "3", "--learning_rate", "1e-3"]
+    argv += ["--per_device_eval_batch_size", "2", "--ddp_timeout", "30"]
+
+    def run(name: str, n: int, caches: list[str]):
+        rows = write_rows(tmp_path / f"{name}.jsonl", pair_rows(24)[:n])
+        given = ["--dataset_name", rows, "--output_dir", str(tmp_path / name)]
+        given += ["--per_device_train_batch_size", str(8 // len(caches))]
+        envs = each_rank(len(caches)) if len(caches) > 1 else [None]
+        places = [["--ref_log_probs_cache", str(tmp_path / cache)] for cache in caches]
+        started = [command(*argv, *given, *p, env=e) for p, e in zip(places, envs, strict=True)]
+        assert finish(started) == [0] * len(caches)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    run("some", 9, ["known"])
+    wanted = run("alone", 24, ["one"])
+    assert run("ranks", 24, ["new", "known"]) == pytest.approx(wanted, rel=1e-6)

@@ -243,7 +243,7 @@ def _reference(
                 cache = ReferenceCache(*given)
             ranks.barrier()
         assert cache is not None
-        missing = [e for e in examples if not all(s in cache for s in e.sequences)]
+        missing = _missing(cache, examples, ranks)
         report.say(f"reference: {len(examples) - len(missing)} of {len(examples)} rows remembered")
     scorer = None
     if missing or cache is None:
@@ -255,6 +255,14 @@ def _reference(
         return _autocast(config, ranks, objectives.live_reference(scorer)), scorer
     table = _totals(config, scorer, missing, cache, examples, ranks, report)
     return objectives.cached_reference(table), scorer
+
+
+def _missing(cache: ReferenceCache, examples: list[Example], ranks: Ranks) -> list[Example]:
+    """Those that some rank has not read: nodes may have folders of their own, and another run may
+    write to one as it is read."""
+    own = [i for i, e in enumerate(examples) if not all(s in cache for s in e.sequences)]
+    anywhere = {i for found in ranks.gather(own) for i in found}
+    return [e for i, e in enumerate(examples) if i in anywhere]
 
 
 def _frozen(config: OfflineConfig, name: str, tokenizer, examples, ranks: Ranks) -> Scorer:
