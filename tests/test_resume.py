@@ -15,6 +15,7 @@ import torch
 from online_runs import PROMPTS, REWARDS
 from safetensors.torch import load_file
 from tiny import HERE, each_rank, finish, pair_rows, python, sft_rows, write_model, write_rows
+from tiny import command as cli
 from torch.testing import assert_close
 
 from prefuse.trainer import checkpoint, offline, online, resume, verify_resume
@@ -246,6 +247,21 @@ def test_a_rank_that_is_gone_ends_the_others(top, by):
     for rank in range(3):
         assert re.search(rf"rank {rank}, step 3: rank (\d, )*3 of 4 did not answer", said[rank])
     assert [p.name for p in checkpoint.complete(top / f"dpo-gone-{by}")][-1] == "checkpoint-2"
+
+
+@FULL
+def test_a_rank_that_ends_before_the_steps_ends_the_others(top):
+    """By a mistake on its node alone; the other tells who, in a message and not by a traceback."""
+    given = command(top, "dropout", "ends", rows=2)
+    started = [
+        cli(*given, f"--dataset_name={top}/{data}.jsonl", env=env, stderr=-1)
+        for data, env in zip(("singles", "nowhere"), each_rank(2), strict=True)
+    ]
+    told = [p.communicate(timeout=120)[1] for p in started]
+    assert [p.returncode for p in started] == [2, 2], told
+    assert "nowhere.jsonl: no such file" in told[1]
+    assert "rank 0, before or after the steps: rank 1 of 2 did not answer" in told[0]
+    assert "Traceback" not in told[0]
 
 
 def test_a_verified_run_is_equal(top, monkeypatch, drops, capsys):

@@ -119,7 +119,8 @@ def naming_lost_ranks(ranks: Ranks, place: Callable[[], str]) -> Iterator[None]:
         who = f"rank {', '.join(map(str, lost))}" if lost else "another rank"
         raise UserError(
             f"rank {ranks.rank}, {place()}: {who} of {ranks.world} did not answer ({cause}). Look "
-            "at its own messages; --resume_from_checkpoint true goes on from the last checkpoint"
+            "at its own messages; --resume_from_checkpoint true goes on from the last checkpoint, "
+            "if there is one"
         ) from error
 
 

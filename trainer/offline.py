@@ -17,6 +17,7 @@ from .critic import ActorCritic
 from .data import Example, pair_examples, sft_examples
 from .dist import Ranks, start
 from .errors import UserError
+from .guards import naming_lost_ranks
 from .loop import autocast, evaluate, make_optimizer, train
 from .model import can_share_prefixes, check_vocabulary, export, load_model, load_tokenizer
 from .objectives import Method, Reference
@@ -90,6 +91,11 @@ def referenced(
 def run(config: TrainConfig, name: str, tokenize, make_method, load=None, beside=None) -> None:
     """beside: loads a critic that is trained with the policy, for methods that have one."""
     ranks = start(config.ddp_timeout)
+    with naming_lost_ranks(ranks, lambda: "before or after the steps"):
+        _run(config, name, tokenize, make_method, load, beside, ranks)
+
+
+def _run(config: TrainConfig, name: str, tokenize, make_method, load, beside, ranks: Ranks) -> None:
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)

@@ -17,6 +17,7 @@ from .data import Example, Sequence
 from .dist import Ranks, start
 from .errors import UserError
 from .experience import Window
+from .guards import naming_lost_ranks
 from .held_out import HeldOut
 from .judging import Functions, Judge, functions
 from .learners import checks
@@ -67,6 +68,11 @@ def run_online(config: OnlineConfig, name: str) -> None:
     """`prefuse grpo`, `rloo`, `online-dpo`, ...: one engine, other learners."""
     checks.check(config)
     ranks = start(config.ddp_timeout)
+    with naming_lost_ranks(ranks, lambda: "before or after the steps"):
+        _run(config, name, ranks)
+
+
+def _run(config: OnlineConfig, name: str, ranks: Ranks) -> None:
     config = resolve(config, ranks)
     claim_folder(config, ranks)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
