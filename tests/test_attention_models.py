@@ -11,6 +11,8 @@ from prefuse.trainer.attention import (
     packed_attention_forward,
     packed_attention_mask,
 )
+from prefuse.trainer.model import load_model
+from prefuse.trainer.scores import Scorer, probe
 
 TINY = dict(
     vocab_size=53,
@@ -109,6 +111,14 @@ def test_whole_model_passes_the_table_on(family):
     for tokens_of_row, s, _ in rows_of(tokens, parent):
         alone = model(input_ids=tokens_of_row[None], use_cache=False).logits[0]
         assert_close(logits[0, cu[s] : cu[s + 1]], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, attention", [("Gemma2", "eager"), ("Llama", "sdpa")])
+def test_padded_layouts_take_the_attention_that_a_model_has(family, attention, tmp_path):
+    tiny_model(family, head_dim=8).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32, layout="padded")
+    assert model.config._attn_implementation == attention
+    assert probe(Scorer(model, "padded").eval(), torch.device("cpu")) < 1e-4
 
 
 def test_models_that_ask_for_more_are_refused():

@@ -74,7 +74,7 @@ def load_model(
             config,
             in_shards,
             dtype=dtype,
-            attn_implementation="sdpa" if layout == "padded" else ATTENTION,
+            attn_implementation=None if layout == "padded" else ATTENTION,
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:

@@ -99,7 +99,7 @@ def load_scores(
                 in_shards,
                 () if saved else ("score.weight",),
                 dtype=dtype,
-                attn_implementation="sdpa" if layout == "padded" else ATTENTION,
+                attn_implementation=None if layout == "padded" else ATTENTION,
                 trust_remote_code=trust_remote_code,
             )
         finally:
