@@ -73,7 +73,9 @@ def start(timeout: float = 1800) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         wait = timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait)
+        # gloo too on GPUs: shards that --fsdp_cpu_offload keeps on the host are summed there
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=wait)
     return Ranks(int(os.environ.get("RANK", 0)), world, device)
 
 
