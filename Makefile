@@ -32,7 +32,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 BUILT = import torch; print(torch.cuda.get_device_name()); from prefuse.kernels import _C; \
 	assert _C.has_cuda, "built without nvcc"
 
-gpu:  ## on a machine with a GPU, about 6 minutes: its tests, then compute-sanitizer
+gpu:  ## on a machine with a GPU: its tests, then compute-sanitizer
 	$(GPU_PYTHON) setup.py build_ext --inplace
 	cd tests && $(GPU_PYTHON) -c 'import conftest; $(BUILT)'
 	OMP_NUM_THREADS=2 $(GPU_PYTHON) -m pytest -m gpu -n 8 --dist worksteal --durations=20
